@@ -1,0 +1,312 @@
+"""The loop that finds the unbiased sub-network, and its public entry ``extract``."""
+
+import os
+import time
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ffw_fast.data.samples import Samples
+from ffw_fast.extraction import Extraction
+from ffw_fast.gated_network import GatedNetwork
+from ffw_fast.heads import PrivateHeads
+from ffw_fast.inputs import prepare
+from ffw_fast.measure import Measurement, accuracy, measure, minibatch_information
+from ffw_fast.objective import objective
+from ffw_fast.optim import LR, GatedAdam
+from ffw_fast.progress import Progress, make_progress
+from ffw_fast.run_state import RunState, digest
+from ffw_fast.schedule import judging_shift, make_schedule, restore_schedule
+from ffw_fast.seeding import epoch_order
+from ffw_fast.settings import PRECISIONS, Settings
+
+GATE_EPOCHS = "gate epoch"  # the stream of orders in which gate epochs visit the samples
+EXAMPLES = 8  # samples on which simplifications of the network are checked
+GATE_STATE = ("scores", "temperature", "draw", "movement")
+HEAD_STATE = ("weight", "bias", "weight_momentum", "bias_momentum")
+
+
+def extract(
+    model: nn.Module,
+    train: Any,
+    val: Any,
+    *,
+    bottleneck: str,
+    num_bias_classes: int,
+    method: str = "ffw",
+    gamma: float = 10.0,
+    alpha: float = 1.0,
+    gate: str = "ffw",
+    granularity: str = "weight",
+    schedule: str = "published",
+    anneal_rate: float = 1e-4,
+    max_epochs: int = 200,
+    batch_size: int = 100,
+    seed: int = 0,
+    precision: str = "fp32",
+    device: torch.device | str | None = None,
+    run_dir: str | os.PathLike[str] | None = None,
+    resume: bool = False,
+    progress: bool | Progress = True,
+) -> Extraction:
+    """Find the unbiased sub-network of a biased network by learning one gate per frozen weight.
+
+    Minimises ``alpha CE + gamma mean_i MI_i`` by Adam on the gate scores, with private heads that read the biases off
+    the bottleneck and are refitted once an epoch, while the temperature T of the gates falls.
+
+    Args:
+        model: a trained classifier, (n, ...) -> logits (n, classes). It is copied, frozen and run in eval mode; the
+            model itself stays as it is.
+        train, val: unbiased sets: tensors ``(x, y, b)`` with x float (n, ...), y (n,) and b (n,) or (n, biases), or a
+            Dataset or DataLoader that yields ``(x, (y, b...))``, ``(x, y, b)`` or ``(index, x, y, attributes)``.
+        bottleneck: name of the module whose output is the features that must not tell the bias.
+        num_bias_classes: K, the number of classes of each bias.
+        method: "ffw".
+        gamma, alpha: weights of the mutual information and of the cross-entropy.
+        gate: "ffw", "hard", "bernoulli" or "concrete".
+        granularity: "weight", one gate per weight.
+        schedule: "published", T falls tenfold where the validation MI is on a plateau, from 1 to below 1e-8; or
+            "adaptive", T falls in every step by what the gates feel of it.
+        anneal_rate: of the adaptive schedule: how far the mean gate may move in one step through T's fall.
+        max_epochs: the run ends there even where the schedule has not.
+        batch_size: of the gates, of the heads and of the validation MI.
+        seed: of the heads' start, the order of samples and random gates. The global generators are not touched.
+        precision: "fp32", or "bf16" for autocast (other results, much faster on CPUs and GPUs that have it).
+        device: where to run; default: where the model is.
+        run_dir: a folder for checkpoints.
+        resume: continue from the run folder's newest checkpoint.
+        progress: whether to show it on standard error.
+
+    Returns:
+        The scores, the best scores (lowest mean validation bias accuracy of the pruned network, judged at each fall of
+        T and at the end), the history of epochs and the metrics on ``val``.
+
+    Raises:
+        ValueError, TypeError: bad input; what was given and expected, before any training.
+        FloatingPointError: a loss that is no longer finite.
+    """
+    settings = Settings(
+        bottleneck=bottleneck,
+        num_bias_classes=num_bias_classes,
+        method=method,
+        gamma=gamma,
+        alpha=alpha,
+        gate=gate,
+        granularity=granularity,
+        schedule=schedule,
+        anneal_rate=anneal_rate,
+        max_epochs=max_epochs,
+        batch_size=batch_size,
+        seed=seed,
+        precision=precision,
+    )
+    train, val, width = prepare(model, train, val, settings)
+    where = torch.device(device) if device is not None else next(model.parameters()).device
+    loop = Loop(settings, model, train.to(where), val.to(where), width, where)
+    with make_progress(progress, max_epochs) as shown:
+        state = RunState(run_dir, {**settings.as_dict(), "weights": digest(loop.gates.weight)}, resume)
+        loop.run(state, shown)
+    return loop.extraction(model)
+
+
+class Loop:
+    """One extraction under way: network, heads, optimizer and schedule, and what has been found so far."""
+
+    def __init__(
+        self, settings: Settings, model: nn.Module, train: Samples, val: Samples, width: int, device: torch.device
+    ) -> None:
+        self.settings = settings
+        self.train, self.val = train, val
+        self.autocast = torch.autocast(
+            device.type, PRECISIONS[settings.precision], enabled=settings.precision != "fp32", cache_enabled=False
+        )
+        self.network = GatedNetwork(model, settings.bottleneck, settings.kind, settings.seed, train.x[:EXAMPLES])
+        self.gates = self.network.gates
+        self.schedule = make_schedule(settings.schedule, settings.anneal_rate, LR)
+        annealing = settings.anneal_rate if self.schedule.anneals else None
+        self.optimizer = GatedAdam(self.gates, anneal_rate=annealing)
+        self.heads = PrivateHeads.create(
+            train.b.shape[1],
+            settings.num_bias_classes,
+            width,
+            seed=settings.seed,
+            batch_size=settings.batch_size,
+            device=device,
+        )
+        self.vanilla_heads = self.heads
+        self.best_scores = self.gates.scores.clone()
+        self.metrics: dict[str, Any] = {}
+        self.best: Measurement | None = None
+        self.history: list[dict[str, Any]] = []
+        self.seconds = 0.0
+
+    def run(self, state: RunState, progress: Progress) -> None:
+        """All epochs, from the start or from the checkpoint that the state holds."""
+        if not state.restore(self):
+            self._start()
+        while len(self.history) < self.settings.max_epochs and not self._has_ended():
+            self._epoch()
+            state.save(self)
+            progress.epoch(self.history[-1])
+        self._finish()
+
+    def _has_ended(self) -> bool:
+        return self.schedule.has_ended(self.gates.temperature.item())
+
+    def _start(self) -> None:
+        """Fit the heads on the biased network; the pruned networks' heads start from these."""
+        started = time.perf_counter()
+        self._refit(self.heads)
+        self.vanilla_heads = self.heads.with_fresh_optimizer()
+        self.metrics["vanilla"] = self._measure(self.heads, sparsity=0.0).as_dict()
+        self.seconds += time.perf_counter() - started
+
+    def _epoch(self) -> None:
+        started = time.perf_counter()
+        temperature = self.gates.temperature.item()
+        row = {"epoch": len(self.history) + 1, "temperature": temperature, **self._train_gates()}
+        row["head_epochs"] = self._refit(self.heads)
+        row |= self._validate()
+        row |= self._end_epoch(row["val_mi"])
+        elapsed = time.perf_counter() - started
+        self.seconds += elapsed
+        self.history.append({**row, "seconds": elapsed})
+
+    def _train_gates(self) -> dict[str, float]:
+        """One pass over the training set: a step of the scores and of the heads for each minibatch."""
+        rows = epoch_order(len(self.train.y), self.settings.seed, GATE_EPOCHS, len(self.history))
+        totals = torch.zeros(3, dtype=torch.float64, device=self.train.y.device)
+        for batch in rows.to(self.train.y.device).split(self.settings.batch_size):
+            totals += self._step(self.train.x[batch], self.train.y[batch], self.train.b[batch]) * len(batch)
+        loss, cross_entropy, information = (totals / len(rows)).tolist()  # the one read of an epoch
+        if not torch.isfinite(totals).all():
+            raise FloatingPointError(f"the loss is {loss} in epoch {len(self.history) + 1}; the last scores are kept")
+        return {"loss": loss, "cross_entropy": cross_entropy, "train_mi": information}
+
+    def _step(self, x: Tensor, y: Tensor, b: Tensor) -> Tensor:
+        """One minibatch; (J, CE, MI) before the step."""
+        self.optimizer.zero_grad()
+        with self.autocast:
+            features, logits = self.network(x)
+        features = features.float()
+        losses = objective(
+            logits.float(), y, self.heads.logits(features), b, self.settings.alpha, self.settings.gamma
+        )
+        losses[0].backward()
+        self.heads.step(features, b)
+        self.optimizer.step()
+        return torch.stack([loss.detach() for loss in losses])
+
+    def _refit(self, heads: PrivateHeads) -> int:
+        """Fit heads to a plateau on the features of the network as it is now: one forward pass. Epochs it took."""
+        with self.autocast:
+            features = self.network.features(self.train.x)
+        return heads.fit(features.float(), self.train.b)
+
+    def _outputs(self, heads: PrivateHeads) -> tuple[Tensor, Tensor]:
+        """Logits (n, C) and head logits (n, heads, K) on the validation set."""
+        with self.autocast:
+            features, logits = self.network.outputs(self.val.x)
+        return logits.float(), heads.logits(features.float())
+
+    def _measure(self, heads: PrivateHeads, sparsity: float) -> Measurement:
+        return measure(*self._outputs(heads), self.val.y, self.val.b, sparsity)
+
+    def _validate(self) -> dict[str, Any]:
+        logits, head_logits = self._outputs(self.heads)
+        return {
+            "val_mi": minibatch_information(head_logits, self.val.b, self.settings.batch_size),
+            "val_task_accuracy": accuracy(logits, self.val.y).item(),
+            "val_bias_accuracy": accuracy(head_logits, self.val.b).tolist(),
+        }
+
+    def _end_epoch(self, validation_mi: float) -> dict[str, Any]:
+        """Let the schedule lower T; where the pruned network is due, judge it; refit the heads at a new T."""
+        before = self.gates.temperature.item()
+        after, due = self.schedule.after_epoch(before, validation_mi)
+        if after != before:
+            self.gates.set_temperature(after)
+        if not due:
+            return {}
+        judged = self._judge()
+        if after != before and not self._has_ended():
+            self._refit(self.heads)
+        return {"pruned_task_accuracy": judged.task_accuracy, "pruned_bias_accuracy": judged.bias_accuracy}
+
+    def _judge(self) -> Measurement:
+        """Measure the pruned network with heads of its own, and keep its scores if its bias accuracy is the lowest."""
+        temperature = self.gates.temperature.item()
+        shift = judging_shift(self.settings.kind, temperature, self.schedule.anneals)
+        heads = self.vanilla_heads.with_fresh_optimizer()
+        with self.gates.pruned(shift):
+            self._refit(heads)
+            judged = self._measure(heads, self.gates.sparsity(shift))
+        if self.best is None or judged.mean_bias_accuracy < self.best.mean_bias_accuracy:
+            self.best, self.best_scores = judged, self.gates.scores + shift
+        self.metrics["pruned"] = judged.as_dict()
+        self.metrics["best"] = self.best.as_dict()
+        return judged
+
+    def _finish(self) -> None:
+        """Judge the last scores, unless the last epoch has done so."""
+        started = time.perf_counter()
+        if "pruned_task_accuracy" not in self.history[-1]:
+            self._judge()
+        self.seconds += time.perf_counter() - started
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """All that the rest of the run depends on; orders are drawn anew from the seed and the epoch."""
+        optimizer = self.optimizer.state[self.gates.gated]
+        tensors = {
+            **{name: getattr(self.gates, name) for name in GATE_STATE},
+            **{f"optimizer.{name}": value for name, value in optimizer.items()},
+            **{f"heads.{name}": getattr(self.heads, name) for name in HEAD_STATE},
+            **{f"vanilla_heads.{name}": getattr(self.vanilla_heads, name) for name in HEAD_STATE},
+            "best_scores": self.best_scores,
+        }
+        record = {
+            "schedule": asdict(self.schedule),
+            "head_epochs": [self.heads.epochs, self.vanilla_heads.epochs],
+            "best": self.best and self.best.as_dict(),
+            "metrics": self.metrics,
+            "history": self.history,
+            "seconds": self.seconds,
+        }
+        return tensors, record
+
+    def load_state(self, tensors: dict[str, Tensor], record: dict[str, Any]) -> None:
+        """Continue from what ``state`` gave."""
+        for name in GATE_STATE:
+            getattr(self.gates, name).copy_(tensors[name])
+        self.gates.refresh()
+        self.optimizer.start()
+        for name, value in self.optimizer.state[self.gates.gated].items():
+            value.copy_(tensors[f"optimizer.{name}"])
+        self.vanilla_heads = self.heads.with_fresh_optimizer()
+        for prefix, heads, epochs in zip(
+            ("heads", "vanilla_heads"), (self.heads, self.vanilla_heads), record["head_epochs"], strict=True
+        ):
+            heads.epochs = epochs
+            for name in HEAD_STATE:
+                getattr(heads, name).copy_(tensors[f"{prefix}.{name}"])
+        self.best_scores = tensors["best_scores"].to(self.gates.scores.device)
+        self.schedule = restore_schedule(self.schedule, record["schedule"])
+        self.best = record["best"] and Measurement(**record["best"])
+        self.metrics, self.history, self.seconds = record["metrics"], record["history"], record["seconds"]
+
+    def extraction(self, model: nn.Module) -> Extraction:
+        """What was found, for the model that it was found in."""
+        shift = judging_shift(self.settings.kind, self.gates.temperature.item(), self.schedule.anneals)
+        return Extraction(
+            dense_model=model,
+            settings=self.settings,
+            scores=self._layers(self.gates.scores + shift),
+            best_scores=self._layers(self.best_scores),
+            history=self.history,
+            metrics={**self.metrics, "epochs": len(self.history), "seconds": self.seconds},
+        )
+
+    def _layers(self, scores: Tensor) -> dict[str, Tensor]:
+        return {name: view.clone() for name, view in self.gates.views(scores).items()}

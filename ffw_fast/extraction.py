@@ -1,0 +1,188 @@
+"""What an extraction gives back, and how it is kept on disk."""
+
+import copy
+import csv
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from ffw_fast.modules import maskable_layers
+from ffw_fast.settings import Settings
+
+SCORES = "scores.safetensors"
+BEST_SCORES = "best_scores.safetensors"
+MODEL = "model.safetensors"
+CONFIG = "config.json"
+METRICS = "metrics.json"
+HISTORY = "history.csv"
+
+
+@dataclass
+class Extraction:
+    """The sub-network that ``ffw_fast.extract`` found.
+
+    Attributes:
+        dense_model: the biased network, unchanged.
+        settings: what the extraction was asked for.
+        scores: layer name -> scores at the end, shaped as the layer's weight. A weight is kept where they are >= 0.
+        best_scores: likewise, of the pruned network with the lowest mean validation bias accuracy.
+        history: one dict an epoch: ``epoch``, ``temperature``, ``loss``, ``cross_entropy``, ``train_mi``,
+            ``head_epochs``, ``val_mi``, ``val_task_accuracy``, ``val_bias_accuracy`` (list), ``seconds``, and where the
+            pruned network was judged ``pruned_task_accuracy`` and ``pruned_bias_accuracy`` (list).
+        metrics: ``vanilla``, ``pruned`` and ``best`` on the validation set, each with ``task_accuracy``,
+            ``bias_accuracy`` (list), ``bias_mi`` (list) and ``sparsity``; ``epochs`` and ``seconds``.
+    """
+
+    dense_model: nn.Module
+    settings: Settings
+    scores: dict[str, Tensor]
+    best_scores: dict[str, Tensor]
+    history: list[dict[str, Any]]
+    metrics: dict[str, Any]
+
+    @property
+    def masks(self) -> dict[str, Tensor]:
+        """Layer name -> boolean mask of the weights that the final scores keep."""
+        return masks_of(self.scores)
+
+    @property
+    def best_masks(self) -> dict[str, Tensor]:
+        """Layer name -> boolean mask of the weights that the best scores keep."""
+        return masks_of(self.best_scores)
+
+    def model(self, best: bool = False) -> nn.Module:
+        """The pruned network: a copy of the biased one, in eval mode, with zeros where the (best) scores are < 0."""
+        return apply_masks(copy.deepcopy(self.dense_model), self.best_masks if best else self.masks).eval()
+
+    def save(self, directory: str | os.PathLike[str]) -> None:
+        """Write ``config.json``, ``metrics.json``, ``history.csv``, the scores and the pruned network's weights."""
+        folder = Path(directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / CONFIG, {"settings": self.settings.as_dict()})
+        write_json(folder / METRICS, self.metrics)
+        write_history(folder / HISTORY, self.history)
+        save_scores(folder / SCORES, self.scores)
+        save_scores(folder / BEST_SCORES, self.best_scores)
+        state = {name: value.contiguous().clone() for name, value in self.model().state_dict().items()}
+        save_file(state, folder / MODEL)
+
+    @classmethod
+    def load(cls, directory: str | os.PathLike[str], model: nn.Module) -> Self:
+        """Read what ``save`` wrote, for the biased network ``model`` that the scores were learned on.
+
+        Raises:
+            FileNotFoundError: a file is missing.
+            ValueError: a file is damaged, or scores do not fit the model.
+        """
+        folder = Path(directory)
+        layers = maskable_layers(model)
+        scores, best_scores = (load_scores(folder / name, layers) for name in (SCORES, BEST_SCORES))
+        settings = read_json(folder / CONFIG).get("settings")
+        try:
+            checked = Settings(**settings)
+        except TypeError as error:
+            raise ValueError(f"{folder / CONFIG} does not hold the settings of an extraction: {error}") from error
+        return cls(model, checked, scores, best_scores, read_history(folder / HISTORY), read_json(folder / METRICS))
+
+
+def masks_of(scores: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The one pruning rule: keep where the score is at least 0."""
+    return {name: score >= 0 for name, score in scores.items()}
+
+
+@torch.no_grad()
+def apply_masks(model: nn.Module, masks: dict[str, Tensor]) -> nn.Module:
+    """Set the weights of the named layers to zero where their mask is false, in place; returns the model."""
+    for name, mask in masks.items():
+        weight = model.get_submodule(name).weight
+        assert isinstance(weight, Tensor)
+        weight.masked_fill_(~mask.to(weight.device), 0)
+    return model
+
+
+def sparsity(masks: dict[str, Tensor]) -> float:
+    """Share of the masked weights that are pruned."""
+    return sum(int((~mask).sum()) for mask in masks.values()) / sum(mask.numel() for mask in masks.values())
+
+
+def save_scores(path: Path, scores: dict[str, Tensor]) -> None:
+    """Write scores, or masks, by layer name."""
+    save_file({name: score.detach().contiguous().cpu() for name, score in scores.items()}, path)
+
+
+def load_scores(path: Path, layers: dict[str, nn.Module]) -> dict[str, Tensor]:
+    """Read scores by layer name and check them against the layers' weights.
+
+    Raises:
+        FileNotFoundError: the file is missing.
+        ValueError: the file is damaged, or a name, shape or dtype does not fit.
+    """
+    try:
+        scores = load_file(path)
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # safetensors raises several classes of its own
+        raise ValueError(f"{path} is damaged: {error}") from error
+    if unknown := sorted(scores.keys() ^ layers.keys()):
+        raise ValueError(f"{path} and the model differ in their layers: {', '.join(unknown)}")
+    for name, score in scores.items():
+        weight = layers[name].weight
+        if score.shape != weight.shape or not score.is_floating_point():
+            raise ValueError(
+                f"{path}: the scores of {name!r} are {score.dtype} of shape {tuple(score.shape)}, "
+                f"expected {weight.dtype} of shape {tuple(weight.shape)}"
+            )
+    return {name: score.to(layers[name].weight.device) for name, score in scores.items()}
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write JSON that a person can read, whole or not at all."""
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(content, indent=2) + "\n")
+    temporary.replace(path)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object. ``FileNotFoundError`` or ``ValueError`` with the path."""
+    try:
+        content = json.loads(path.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold a JSON object, got {type(content).__name__}")
+    return content
+
+
+def write_history(path: Path, history: list[dict[str, Any]]) -> None:
+    """One line an epoch. Lists stand in one field, separated by spaces."""
+    columns = list(dict.fromkeys(column for row in history for column in row))
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        writer.writerows({column: _field(value) for column, value in row.items()} for row in history)
+
+
+def _field(value: Any) -> str:
+    return " ".join(map(repr, value)) if isinstance(value, list) else repr(value)
+
+
+def read_history(path: Path) -> list[dict[str, Any]]:
+    """What ``write_history`` wrote. ``ValueError`` with the path where it is damaged."""
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    try:
+        return [{column: _value(column, text) for column, text in row.items() if text} for row in rows]
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+
+
+def _value(column: str, text: str) -> Any:
+    if column.endswith("bias_accuracy"):
+        return [float(part) for part in text.split()]
+    return int(text) if column in ("epoch", "head_epochs") else float(text)

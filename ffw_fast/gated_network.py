@@ -1,0 +1,178 @@
+"""The network as the loop trains it: gated weights as leaves over flat buffers, and the bottleneck's features.
+
+The gated weight ``v = w * g(m)`` of every layer is an ordinary leaf whose gradient autograd fills, so forward and
+backward are plain convolutions and matmuls. All layers' ``w``, ``v``, ``dJ/dv`` and ``m`` lie in flat buffers, so that
+one pass updates them all.
+"""
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from ffw_fast import ops, philox
+from ffw_fast.gates import GateKind, gate_movement
+from ffw_fast.modules import flat_offsets, maskable_layers
+from ffw_fast.simplify import simplified
+
+EVALUATION_BATCH = 500  # samples a forward pass without gradients
+
+
+class FlatGates:
+    """Flat buffers of all gated layers, each layer starting at a multiple of 16 elements; the padding stays 0.
+
+    Attributes:
+        weight, gated, scores: the buffers of ``w``, ``v`` and ``m``; ``gated.grad`` is the buffer of ``dJ/dv``.
+        temperature: float32 scalar that the gated weights were computed at.
+        draw: what the random gates were drawn with, ``ffw_fast.philox``.
+        movement: float64 scalar, the sum of ``|dg / d ln T|`` over the gates in use; kept where T is annealed.
+        shapes: layer name -> shape of its weight.
+    """
+
+    def __init__(self, weights: dict[str, Tensor], kind: GateKind, seed: int) -> None:
+        self.kind = kind
+        self.shapes = {name: weight.shape for name, weight in weights.items()}
+        offsets = flat_offsets(shape.numel() for shape in self.shapes.values())
+        self._slices = {
+            name: slice(start, start + shape.numel())
+            for (name, shape), start in zip(self.shapes.items(), offsets, strict=False)
+        }
+        example = next(iter(weights.values()))
+        self.weight = example.new_zeros(offsets[-1])
+        for name, weight in weights.items():
+            self.view(self.weight, name).copy_(weight)
+        self.scores = torch.zeros_like(self.weight)
+        self.gated = nn.Parameter(self.weight.clone())
+        self.gated.grad = torch.zeros_like(self.weight)
+        self.temperature = torch.ones((), dtype=torch.float32, device=example.device)
+        self.draw = philox.make_draw(seed, device=example.device)
+        self.movement = torch.zeros((), dtype=torch.float64, device=example.device)
+        self.refresh()
+
+    @property
+    def count(self) -> int:
+        """How many gates there are, the padding not counted."""
+        return sum(shape.numel() for shape in self.shapes.values())
+
+    def sparsity(self, shift: float = 0.0) -> float:
+        """Share of the weights that pruning at ``m + shift >= 0`` removes."""
+        return int((self.scores + shift < 0).sum()) / self.count  # the padding's scores are 0
+
+    def view(self, buffer: Tensor, name: str) -> Tensor:
+        """The layer's part of a flat buffer, in the shape of its weight."""
+        return buffer[self._slices[name]].view(self.shapes[name])
+
+    def views(self, buffer: Tensor) -> dict[str, Tensor]:
+        """Every layer's part of a flat buffer."""
+        return {name: self.view(buffer, name) for name in self.shapes}
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Compute the gated weights anew from scores, temperature and draw."""
+        self.gated.copy_(ops.gate_weight(self.weight, self.scores, self.temperature, self.draw, int(self.kind)))
+
+    @torch.no_grad()
+    def measure_movement(self) -> None:
+        """Measure the movement of the gates in use; afterwards the optimizer's pass keeps it up to date."""
+        uniform = philox.uniform(len(self.scores), self.draw).to(self.scores.dtype) if self.kind.is_random else None
+        self.movement.copy_(gate_movement(self.kind, self.scores, self.temperature, uniform).sum(dtype=torch.float64))
+
+    def set_temperature(self, temperature: float) -> None:
+        """Set T and recompute the gated weights."""
+        self.temperature.fill_(temperature)
+        self.refresh()
+
+    @contextmanager
+    def pruned(self, shift: float = 0.0) -> Iterator[None]:
+        """Within it the gated weights are those of the pruned network: ``w`` where ``m + shift >= 0``, else 0."""
+        with torch.no_grad():
+            self.gated.copy_(torch.where(self.scores + shift >= 0, self.weight, 0))
+        try:
+            yield
+        finally:
+            self.refresh()
+
+
+class _PastBottleneck(Exception):
+    """Ends a forward pass whose remainder nobody reads."""
+
+
+class GatedNetwork:
+    """A frozen copy of a model in eval mode whose Conv and Linear weights are gated.
+
+    Args:
+        model: the biased network; it is copied and stays as it is.
+        bottleneck: name of the module whose output, flattened from its second dimension on, is the features.
+        kind: gate kind.
+        seed: of random gates.
+        example: a few samples, on which simplifications of the network are checked.
+    """
+
+    def __init__(self, model: nn.Module, bottleneck: str, kind: GateKind, seed: int, example: Tensor) -> None:
+        frozen = copy.deepcopy(model).to(example.device).eval().requires_grad_(False)
+        self.module = simplified(frozen, lambda network: outputs_of(network, bottleneck, example))
+        layers = maskable_layers(self.module)
+        self.gates = FlatGates({name: layer.weight.detach() for name, layer in layers.items()}, kind, seed)
+        gradients = self.gates.views(self.gates.gated.grad)
+        for name, gated in self.gates.views(self.gates.gated.detach()).items():
+            layers[name].weight = nn.Parameter(gated)
+            layers[name].weight.grad = gradients[name]
+        self._features: Tensor | None = None
+        self._stop = False
+        bottleneck_module(self.module, bottleneck).register_forward_hook(self._keep_features)
+
+    def _keep_features(self, _module: nn.Module, _inputs: tuple, output: Tensor) -> None:
+        self._features = output.flatten(1)
+        if self._stop:
+            raise _PastBottleneck
+
+    def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Features (n, D) and logits (n, C) of a minibatch."""
+        logits = self.module(x)
+        features, self._features = self._features, None
+        assert features is not None
+        return features, logits
+
+    @torch.no_grad()
+    def features(self, x: Tensor) -> Tensor:
+        """Features (n, D) of all samples; what lies behind the bottleneck is not run."""
+        return torch.cat([self._features_of(batch) for batch in x.split(EVALUATION_BATCH)])
+
+    def _features_of(self, batch: Tensor) -> Tensor:
+        self._stop = True
+        try:
+            self.module(batch)
+        except _PastBottleneck:
+            pass
+        finally:
+            self._stop = False
+        features, self._features = self._features, None
+        assert features is not None
+        return features
+
+    @torch.no_grad()
+    def outputs(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Features (n, D) and logits (n, C) of all samples, without gradients."""
+        features, logits = zip(*(self(batch) for batch in x.split(EVALUATION_BATCH)), strict=True)
+        return torch.cat(features), torch.cat(logits)
+
+
+@torch.no_grad()
+def outputs_of(model: nn.Module, bottleneck: str, x: Tensor) -> list[Tensor]:
+    """Output of the bottleneck, as it is once the forward pass has ended, and of the model."""
+    kept: list[Tensor] = []
+    hook = bottleneck_module(model, bottleneck).register_forward_hook(lambda _module, _x, output: kept.append(output))
+    try:
+        return [model(x.clone()), *kept]
+    finally:
+        hook.remove()
+
+
+def bottleneck_module(model: nn.Module, name: str) -> nn.Module:
+    """The module of that name. ``ValueError`` with the known names otherwise."""
+    modules = {known: module for known, module in model.named_modules() if known}
+    if name not in modules:
+        raise ValueError(f"unknown bottleneck {name!r}; the modules of {type(model).__name__}: {', '.join(modules)}")
+    return modules[name]

@@ -1,0 +1,109 @@
+"""Private heads: linear classifiers that read the bias off the bottleneck, one for each bias."""
+
+import copy
+import math
+from dataclasses import dataclass, field
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from ffw_fast import ops
+from ffw_fast.seeding import epoch_order, seeded_generator
+
+LR = 0.1
+MOMENTUM = 0.9
+WEIGHT_DECAY = 1e-4
+PLATEAU_THRESHOLD = 1e-3
+PLATEAU_PATIENCE = 5
+MAX_EPOCHS = 200
+HEAD_EPOCHS = "head epoch"  # the stream of orders in which heads visit the samples
+EPOCHS_A_CALL = 16  # a chunk's orders are drawn at once; those after the plateau are drawn in vain
+
+
+def initial_parameters(heads: int, classes: int, features: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Weight (heads, K, D) and bias (heads, K), uniform in ``+-1/sqrt(D)`` as in ``nn.Linear``."""
+    bound = 1 / math.sqrt(features)
+    source = seeded_generator(seed, "private heads")
+    weight = torch.empty(heads, classes, features).uniform_(-bound, bound, generator=source)
+    return weight, torch.empty(heads, classes).uniform_(-bound, bound, generator=source)
+
+
+@dataclass
+class PrivateHeads:
+    """All private heads of a run and their SGD state. They live on from refit to refit, momentum included.
+
+    Attributes:
+        weight: (heads, K, D); ``weight_momentum`` likewise.
+        bias: (heads, K); ``bias_momentum`` likewise.
+        epochs: how many head epochs were run; it numbers the orders in which samples are visited.
+    """
+
+    weight: Tensor
+    bias: Tensor
+    seed: int
+    batch_size: int
+    epochs: int = 0
+    weight_momentum: Tensor = field(init=False)
+    bias_momentum: Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.weight_momentum = torch.zeros_like(self.weight)
+        self.bias_momentum = torch.zeros_like(self.bias)
+
+    @classmethod
+    def create(
+        cls, heads: int, classes: int, features: int, *, seed: int, batch_size: int, device: torch.device
+    ) -> Self:
+        weight, bias = initial_parameters(heads, classes, features, seed)
+        return cls(weight.to(device), bias.to(device), seed, batch_size)
+
+    def with_fresh_optimizer(self) -> Self:
+        """A copy of these heads whose momentum is zero."""
+        fresh = copy.deepcopy(self)
+        fresh.__post_init__()
+        return fresh
+
+    def logits(self, features: Tensor) -> Tensor:
+        """Logits (n, heads, K) of features (n, D). Gradients reach the features, never the heads."""
+        heads, classes, width = self.weight.shape
+        return torch.addmm(self.bias.view(-1), features, self.weight.view(-1, width).T).view(-1, heads, classes)
+
+    def step(self, features: Tensor, labels: Tensor) -> None:
+        """One step of SGD on the cross-entropy of one minibatch: detached features (n, D), labels (n, heads)."""
+        rows = torch.arange(len(features), device=features.device).unsqueeze(0)
+        self._fit(features.detach(), labels, rows, self._no_plateau(), batch_size=len(features))
+
+    def fit(self, features: Tensor, labels: Tensor) -> int:
+        """Train on cached features (n, D) and labels (n, heads) until the loss is on a plateau; epochs it took."""
+        plateau = self._no_plateau()
+        start = self.epochs
+        while plateau[2] == 0 and self.epochs - start < MAX_EPOCHS:
+            chunk = range(self.epochs, min(self.epochs + EPOCHS_A_CALL, start + MAX_EPOCHS))
+            rows = [epoch_order(len(features), self.seed, HEAD_EPOCHS, epoch) for epoch in chunk]
+            losses = self._fit(features, labels, torch.stack(rows).to(features.device), plateau, self.batch_size)
+            self.epochs += int(losses.isfinite().sum())
+            if not losses[0].isfinite():
+                raise FloatingPointError(f"the private head's loss is {losses[0].item()} in its epoch {self.epochs}")
+        return self.epochs - start
+
+    def _no_plateau(self) -> Tensor:
+        return torch.tensor([math.inf, 0, 0], dtype=torch.float64, device=self.weight.device)
+
+    def _fit(self, features: Tensor, labels: Tensor, rows: Tensor, plateau: Tensor, batch_size: int) -> Tensor:
+        return ops.fit_linear_head_(
+            self.weight,
+            self.bias,
+            self.weight_momentum,
+            self.bias_momentum,
+            plateau,
+            features,
+            labels,
+            rows,
+            batch_size,
+            LR,
+            MOMENTUM,
+            WEIGHT_DECAY,
+            PLATEAU_THRESHOLD,
+            PLATEAU_PATIENCE,
+        )

@@ -1,0 +1,55 @@
+"""What is measured of a network on a set: from features and logits that are already there."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ffw_fast.ops import joint_distribution, joint_information
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One network on one set. Accuracies are in [0, 1]; MI is in units of log K.
+
+    Attributes:
+        task_accuracy: of the network's logits.
+        bias_accuracy: of each private head.
+        bias_mi: of each private head's predictions and its bias label, over the whole set.
+        sparsity: share of the gated weights that are pruned.
+    """
+
+    task_accuracy: float
+    bias_accuracy: list[float]
+    bias_mi: list[float]
+    sparsity: float
+
+    @property
+    def mean_bias_accuracy(self) -> float:
+        return sum(self.bias_accuracy) / len(self.bias_accuracy)
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def measure(logits: Tensor, head_logits: Tensor, y: Tensor, b: Tensor, sparsity: float) -> Measurement:
+    """Measure logits (n, C) and head logits (n, heads, K) against labels y (n,) and b (n, heads)."""
+    return Measurement(
+        task_accuracy=accuracy(logits, y).item(),
+        bias_accuracy=accuracy(head_logits, b).tolist(),
+        bias_mi=joint_information(joint_distribution(head_logits, b)).tolist(),
+        sparsity=sparsity,
+    )
+
+
+def accuracy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Share of right predictions: () for logits (n, C) and labels (n,), (heads,) for (n, heads, K) and (n, heads)."""
+    return (logits.argmax(-1) == labels).double().mean(0)
+
+
+def minibatch_information(head_logits: Tensor, b: Tensor, batch_size: int) -> float:
+    """Mean over minibatches, in order, of the mean MI of the heads: what drives the published temperature schedule."""
+    batches = zip(head_logits.split(batch_size), b.split(batch_size), strict=True)
+    values = [joint_information(joint_distribution(logits, labels)).mean() for logits, labels in batches]
+    return torch.stack(values).mean().item()

@@ -1,0 +1,288 @@
+"""Masked layers: drop-ins for PyTorch's dense layers with one gate per frozen weight."""
+
+import copy
+import fnmatch
+import math
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from ffw_fast import philox
+from ffw_fast.autograd import GateWeight
+from ffw_fast.gates import gate_kind
+
+FLAT_ALIGNMENT = 16  # elements; each layer's gates start at such a multiple in the network's flat list of gates
+LayerFilter = Callable[[str], bool] | Iterable[str] | str | None
+
+
+class MaskedLayer(nn.Module):
+    """What all masked layers share: a frozen weight, a score for each of its elements, and the gate between them.
+
+    Attributes:
+        weight: frozen weight, as in the dense layer.
+        bias: frozen bias or None; never gated.
+        scores: trainable gate scores of the weight's shape, 0 at the start. Pruning keeps a weight where they are
+            at least 0.
+        gate: name of the gate kind, one of ``ffw_fast.GATES``.
+        temperature: float32 scalar buffer; set it with ``ffw_fast.set_temperature``.
+        draw: int64 buffer that keys the uniform numbers of random gates (``ffw_fast.philox``). In training mode every
+            forward pass draws a new mask, in eval mode the last one stays until ``ffw_fast.draw_gates``.
+    """
+
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+    scores: nn.Parameter
+    temperature: Tensor
+    draw: Tensor
+
+    dense_class: type[nn.Module]
+
+    def add_gate(self, gate: str) -> None:
+        """Freeze the layer's parameters and give it scores, a temperature and a draw."""
+        self.kind = gate_kind(gate)
+        self.gate = gate
+        for parameter in self.parameters(recurse=False):
+            parameter.requires_grad_(False)
+        self.scores = nn.Parameter(torch.zeros_like(self.weight))
+        device = self.weight.device
+        self.register_buffer("temperature", torch.ones((), dtype=torch.float32, device=device))
+        self.register_buffer("draw", philox.make_draw(device=device))
+
+    def gated_weight(self) -> Tensor:
+        """``weight * gate(scores)``, of the weight's shape and dtype; its gradient reaches the scores straight through."""
+        draw = self.draw
+        if self.kind.is_random:
+            if self.training:
+                draw_gates(self)
+            draw = draw.clone()  # the backward pass needs this pass's draw, whatever is drawn before it
+        return GateWeight.apply(self.weight, self.scores, self.temperature, draw, int(self.kind))
+
+    def mask(self) -> Tensor:
+        """Boolean tensor of the weight's shape: which weights pruning keeps, ``scores >= 0``."""
+        return self.scores.detach() >= 0
+
+    @classmethod
+    def from_dense(cls, layer: nn.Module, gate: str = "ffw") -> Self:
+        """A masked layer over the dense layer's own weight and bias (shared, not copied), scores 0."""
+        if type(layer) is not cls.dense_class:
+            raise TypeError(f"{cls.__name__}.from_dense needs a {cls.dense_class.__name__}, got {type(layer).__name__}")
+        masked = _recast(layer, cls)
+        for name, parameter in layer.named_parameters():
+            setattr(masked, name, nn.Parameter(parameter.detach(), requires_grad=False))
+        masked.add_gate(gate)
+        return masked
+
+    def to_dense(self) -> nn.Module:
+        """The pruned dense layer: a copy of the weight with zeros where ``scores < 0``, and of the bias."""
+        dense = _recast(self, self.dense_class)
+        for name in ("scores", "temperature", "draw", "kind", "gate"):
+            delattr(dense, name)
+        zero = torch.zeros((), dtype=self.weight.dtype, device=self.weight.device)
+        dense.weight = nn.Parameter(torch.where(self.mask(), self.weight.detach(), zero))
+        dense.bias = None if self.bias is None else nn.Parameter(self.bias.detach().clone())
+        return dense
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, gate={self.gate!r}"
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        exact = self.temperature
+        super()._apply(fn, recurse)
+        if self.temperature.dtype != torch.float32:  # half() and the like: 1e-8 has no place in 16 bits
+            self.temperature = exact.to(self.temperature.device)
+        return self
+
+
+def _recast(layer: nn.Module, cls: type[Any]) -> Any:
+    """The layer as another class: the same settings, hooks, parameters and buffers, in containers of its own."""
+    twin = cls.__new__(cls)
+    own = {name: copy.copy(value) if isinstance(value, dict | set) else value for name, value in vars(layer).items()}
+    vars(twin).update(own)
+    return twin
+
+
+class _MaskedConv(MaskedLayer):
+    _conv_forward: Callable[[Tensor, Tensor, Tensor | None], Tensor]
+
+    def __init__(self, *args: Any, gate: str = "ffw", **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.add_gate(gate)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._conv_forward(x, self.gated_weight(), self.bias)
+
+
+class MaskedConv1d(_MaskedConv, nn.Conv1d):
+    """``nn.Conv1d`` with a gate per weight: the same arguments and ``gate``. See ``MaskedLayer``."""
+
+    dense_class = nn.Conv1d
+
+
+class MaskedConv2d(_MaskedConv, nn.Conv2d):
+    """``nn.Conv2d`` with a gate per weight: the same arguments and ``gate`` ("ffw", "hard", "bernoulli", "concrete").
+
+    The weight has shape (out_channels, in_channels / groups, height, width), and so have the scores. ``ValueError``
+    for an unknown gate. See ``MaskedLayer`` for its parameters and buffers.
+    """
+
+    dense_class = nn.Conv2d
+
+
+class MaskedConv3d(_MaskedConv, nn.Conv3d):
+    """``nn.Conv3d`` with a gate per weight: the same arguments and ``gate``. See ``MaskedLayer``."""
+
+    dense_class = nn.Conv3d
+
+
+class MaskedLinear(MaskedLayer, nn.Linear):
+    """``nn.Linear`` with a gate per weight: the same arguments and ``gate`` ("ffw", "hard", "bernoulli", "concrete").
+
+    The weight has shape (out_features, in_features), and so have the scores. ``ValueError`` for an unknown gate. See
+    ``MaskedLayer`` for its parameters and buffers.
+    """
+
+    dense_class = nn.Linear
+
+    def __init__(self, *args: Any, gate: str = "ffw", **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.add_gate(gate)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.gated_weight(), self.bias)
+
+
+MASKED_CLASSES: dict[type[nn.Module], type[MaskedLayer]] = {
+    masked.dense_class: masked for masked in (MaskedConv1d, MaskedConv2d, MaskedConv3d, MaskedLinear)
+}
+
+
+def maskable_layers(model: nn.Module, include: LayerFilter = None) -> dict[str, nn.Module]:
+    """Name -> layer of every dense layer that can be masked, in the order of ``model.named_modules()``.
+
+    Args:
+        model: any module. A layer that stands in it under several names is listed once, under the first.
+        include: a predicate on names, or one or several shell-style patterns (``"layer4.*"``). Default: all.
+
+    Raises:
+        ValueError: no layer is left, two layers share one weight, or a weight is computed (parametrized) rather than
+            held, so that it could not be frozen.
+    """
+    if isinstance(include, str):
+        include = (include,)
+    chosen = include if callable(include) or include is None else _matcher(tuple(include))
+    layers: dict[str, nn.Module] = {}
+    owners: dict[Tensor, str] = {}
+    for name, layer in _dense_layers(model):
+        if chosen is not None and not chosen(name):
+            continue
+        weight = layer._parameters.get("weight")
+        if parametrize.is_parametrized(layer, "weight") or weight is None:
+            raise ValueError(f"the weight of layer {name!r} is computed by a parametrization; remove that first")
+        if weight in owners:
+            raise ValueError(f"layers {owners[weight]!r} and {name!r} share one weight: leave one out with `include`")
+        owners[weight] = name
+        layers[name] = layer
+    if not layers:
+        which = "" if include is None else " of the given names"
+        raise ValueError(f"nothing to mask: {type(model).__name__} has no Conv or Linear layer{which}")
+    return layers
+
+
+def _matcher(patterns: tuple[str, ...]) -> Callable[[str], bool]:
+    return lambda name: any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _dense_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The dense layers whose own ``forward`` is what uses their weight: exact classes, no subclass.
+
+    ``nn.MultiheadAttention`` reads its projection's weight past that module's ``forward``; its class is a subclass.
+    """
+    for name, layer in model.named_modules():
+        if type(layer) in MASKED_CLASSES:
+            yield name, layer
+
+
+def flat_offsets(sizes: Iterable[int]) -> list[int]:
+    """Where each layer's gates start in the network's flat list of gates, and the list's length as the last entry."""
+    offsets = [0]
+    for size in sizes:
+        offsets.append(offsets[-1] + math.ceil(size / FLAT_ALIGNMENT) * FLAT_ALIGNMENT)
+    return offsets
+
+
+def mask_model(
+    model: nn.Module, gate: str = "ffw", granularity: str = "weight", *, include: LayerFilter = None, seed: int = 0
+) -> nn.Module:
+    """Put masked layers in place of a model's Conv and Linear layers and freeze all else in it.
+
+    Args:
+        model: any module; it is changed in place. ``ffw_fast.masked_layers(model)`` lists what was masked.
+        gate: "ffw", "hard", "bernoulli" or "concrete".
+        granularity: "weight", one gate per weight.
+        include: which layers, by a predicate on names or shell-style patterns. Default: all, the classifier included.
+        seed: of random gates.
+
+    Returns:
+        The model; a new masked layer where the model is itself a single dense layer.
+
+    Raises:
+        ValueError: unknown gate or granularity, nothing to mask, layers that share a weight.
+    """
+    gate_kind(gate)
+    check_granularity(granularity)
+    layers = maskable_layers(model, include)
+    model.requires_grad_(False)
+    offsets = flat_offsets(layer.weight.numel() for layer in layers.values())
+    replacements = {}
+    for layer, offset in zip(layers.values(), offsets, strict=False):
+        masked = MASKED_CLASSES[type(layer)].from_dense(layer, gate)
+        masked.draw.copy_(philox.make_draw(seed, 0, offset))
+        replacements[layer] = masked
+    for parent in list(model.modules()):
+        for name, child in parent._modules.items():
+            if child in replacements:
+                parent._modules[name] = replacements[child]
+    return replacements.get(model, model)
+
+
+GRANULARITIES = ("weight",)
+
+
+def check_granularity(granularity: str) -> None:
+    """``ValueError`` with the known granularities for any other."""
+    if granularity not in GRANULARITIES:
+        raise ValueError(f"unknown granularity {granularity!r}; known granularities: {', '.join(GRANULARITIES)}")
+
+
+def masked_layers(model: nn.Module) -> dict[str, MaskedLayer]:
+    """Name -> masked layer of everything that is masked in the model (``""`` for the model itself)."""
+    return {name: layer for name, layer in model.named_modules() if isinstance(layer, MaskedLayer)}
+
+
+def _masked_layers_of(module: nn.Module, purpose: str) -> Iterable[MaskedLayer]:
+    layers = masked_layers(module)
+    if not layers:
+        raise ValueError(f"{purpose}: {type(module).__name__} has no masked layer; call ffw_fast.mask_model first")
+    return layers.values()
+
+
+def set_temperature(module: nn.Module, temperature: float) -> None:
+    """Set the temperature of every masked layer in the module, or of the layer itself.
+
+    Raises:
+        ValueError: the temperature is not a positive finite number, or nothing is masked.
+    """
+    temperature = float(temperature)
+    if not 0 < temperature < math.inf:
+        raise ValueError(f"the temperature must be positive and finite, got {temperature}")
+    for layer in _masked_layers_of(module, "set_temperature"):
+        layer.temperature.fill_(temperature)
+
+
+def draw_gates(module: nn.Module) -> None:
+    """Draw the random gates of every masked layer in the module anew. Gates of the other kinds stay as they are."""
+    for layer in _masked_layers_of(module, "draw_gates"):
+        layer.draw[1] += 1

@@ -1,0 +1,53 @@
+"""The objective ``J = alpha CE(logits, y) + gamma mean_i MI_i`` and its mutual information term."""
+
+import torch
+from torch import Tensor
+
+from ffw_fast.autograd import MutualInformation
+
+
+def mutual_information(logits: Tensor, labels: Tensor, num_classes: int) -> Tensor:
+    """Mutual information between labels and the predictions of a head, over one batch, in units of ``log K``.
+
+    With ``p = softmax(logits)`` and the joint ``Q = onehot(b)^T p / n`` (entries of the product clamped at 1e-15):
+    ``MI = sum Q log(Q / max(Q_b Q_p, 1e-15)) / log K``, with ``Q_b`` and ``Q_p`` the joint's marginals.
+
+    Args:
+        logits: (n, K), floating point; the result is differentiable by them.
+        labels: (n,), int64, each in [0, K).
+        num_classes: K, at least 2.
+
+    Returns:
+        A scalar, about 0 (independent) to 1. Small batches bias it upward.
+
+    Raises:
+        ValueError: an empty batch, wrong shapes or dtype, or a label outside [0, K).
+    """
+    if num_classes < 2:
+        raise ValueError(f"num_classes must be at least 2, got {num_classes}")
+    if logits.dim() != 2 or logits.shape[1] != num_classes or not logits.is_floating_point():
+        raise ValueError(
+            f"logits must be floating point of shape (n, {num_classes}), got {logits.dtype} {tuple(logits.shape)}"
+        )
+    if labels.shape != logits.shape[:1] or labels.dtype != torch.int64:
+        raise ValueError(f"labels must be int64 of shape ({len(logits)},), got {labels.dtype} {tuple(labels.shape)}")
+    if len(labels) == 0:
+        raise ValueError("the mutual information of an empty batch is not defined")
+    if not torch.compiler.is_compiling() and not 0 <= (low := labels.min()) <= (high := labels.max()) < num_classes:
+        raise ValueError(f"labels must be in [0, {num_classes}), got {low.item()} to {high.item()}")
+    return batch_information(logits.unsqueeze(1), labels.unsqueeze(1))[0]
+
+
+def batch_information(logits: Tensor, labels: Tensor) -> Tensor:
+    """MI of each head, (heads,), of logits (n, heads, K) and labels (n, heads)."""
+    information, _joint = MutualInformation.apply(logits, labels)
+    return information
+
+
+def objective(
+    logits: Tensor, labels: Tensor, head_logits: Tensor, bias_labels: Tensor, alpha: float, gamma: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``(J, CE, MI)`` of one minibatch: task logits (n, C), labels (n,), head logits (n, heads, K), b (n, heads)."""
+    cross_entropy = torch.nn.functional.cross_entropy(logits, labels)
+    information = batch_information(head_logits, bias_labels).mean()
+    return alpha * cross_entropy + gamma * information, cross_entropy, information

@@ -1,0 +1,309 @@
+"""The operators (namespace ``ffw_fast``): schema, fake and plain-PyTorch default kernel of each, side by side.
+
+Compiled code only adds implementations of the same operators for a device; without it the default kernels do the
+work. The default kernels are also the reference that every other kernel is tested against. None of these operators
+knows autograd: see ``ffw_fast.autograd``.
+
+Arguments that several operators share:
+
+- ``weight``: frozen weight (float64, float32, bfloat16 or float16), any shape.
+- ``scores``: gate scores of the weight's shape, in the weight's dtype, or float32 beside a 16-bit weight. All
+  arithmetic is done in the scores' precision, at least float32.
+- ``temperature``: float32, one element. A tensor, so that a changed temperature neither synchronises nor recompiles.
+- ``draw``: int64 ``[seed, number, first element]``, see ``ffw_fast.philox``; read by random gates only.
+- ``kind``: number of the gate kind, ``ffw_fast.gates.GateKind``.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from ffw_fast import philox
+from ffw_fast.gates import GateKind, gate, gate_movement, gate_slope
+from ffw_fast.plateau import Plateau
+
+_library = torch.library.Library("ffw_fast", "DEF")
+_HALF = (torch.bfloat16, torch.float16)
+
+
+def _define(schema: str, default, fake) -> None:
+    _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    name = schema.split("(", 1)[0]
+    _library.impl(name, default, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"ffw_fast::{name}", fake, lib=_library)
+
+
+def _working(tensor: Tensor) -> Tensor:
+    """The tensor in the precision that gates are computed in."""
+    return tensor.float() if tensor.dtype in _HALF else tensor
+
+
+def _uniform(kind: GateKind, scores: Tensor, draw: Tensor) -> Tensor | None:
+    if not kind.is_random:
+        return None
+    return philox.uniform(scores.numel(), draw).view(scores.shape).to(_working(scores).dtype)
+
+
+def _check_pair(weight: Tensor, scores: Tensor, temperature: Tensor, draw: Tensor) -> None:
+    torch._check_value(
+        weight.shape == scores.shape,
+        lambda: f"scores must have the weight's shape {tuple(weight.shape)}, got {tuple(scores.shape)}",
+    )
+    wide_scores = weight.dtype in _HALF and scores.dtype == torch.float32
+    torch._check_type(
+        weight.is_floating_point() and (weight.dtype == scores.dtype or wide_scores),
+        lambda: f"scores must have the weight's dtype {weight.dtype} (or float32 beside 16 bits), got {scores.dtype}",
+    )
+    torch._check_value(
+        temperature.numel() == 1 and temperature.dtype == torch.float32,
+        lambda: f"temperature must be one float32, got {temperature.dtype} of shape {tuple(temperature.shape)}",
+    )
+    torch._check_value(
+        draw.shape == (3,) and draw.dtype == torch.int64,
+        lambda: f"draw must be 3 int64 numbers, got {draw.dtype} of shape {tuple(draw.shape)}",
+    )
+
+
+# gate_weight: v = w * g, shape, dtype and strides of w ---------------------------------------------------------------
+
+
+def gate_weight_default(weight: Tensor, scores: Tensor, temperature: Tensor, draw: Tensor, kind: int) -> Tensor:
+    _check_pair(weight, scores, temperature, draw)
+    kind, working = GateKind(kind), _working(scores)
+    gates = gate(kind, working, temperature, _uniform(kind, scores, draw))
+    return torch.empty_like(weight).copy_(weight.to(working.dtype) * gates)
+
+
+def gate_weight_fake(weight: Tensor, scores: Tensor, temperature: Tensor, draw: Tensor, kind: int) -> Tensor:
+    _check_pair(weight, scores, temperature, draw)
+    return torch.empty_like(weight)
+
+
+_define(
+    "gate_weight(Tensor weight, Tensor scores, Tensor temperature, Tensor draw, int kind) -> Tensor",
+    gate_weight_default,
+    gate_weight_fake,
+)
+gate_weight = torch.ops.ffw_fast.gate_weight.default
+
+
+# gate_weight_backward: dJ/dm = dJ/dv * w * dg/dm, shape, dtype and strides of m ---------------------------------------
+
+
+def gate_weight_backward_default(
+    grad: Tensor, weight: Tensor, scores: Tensor, temperature: Tensor, draw: Tensor, kind: int
+) -> Tensor:
+    _check_pair(weight, scores, temperature, draw)
+    kind, working = GateKind(kind), _working(scores)
+    slope = gate_slope(kind, working, temperature, _uniform(kind, scores, draw))
+    return torch.empty_like(scores).copy_(grad.to(working.dtype) * weight.to(working.dtype) * slope)
+
+
+def gate_weight_backward_fake(
+    grad: Tensor, weight: Tensor, scores: Tensor, temperature: Tensor, draw: Tensor, kind: int
+) -> Tensor:
+    _check_pair(weight, scores, temperature, draw)
+    return torch.empty_like(scores)
+
+
+_define(
+    "gate_weight_backward(Tensor grad, Tensor weight, Tensor scores, Tensor temperature, Tensor draw, int kind)"
+    " -> Tensor",
+    gate_weight_backward_default,
+    gate_weight_backward_fake,
+)
+gate_weight_backward = torch.ops.ffw_fast.gate_weight_backward.default
+
+
+# gated_adam_step_: one training step of the scores, and the gated weight that belongs to the new ones ----------------
+
+
+def gated_adam_step_default_(
+    gated: Tensor,
+    scores: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    movement: Tensor,
+    weight: Tensor,
+    grad: Tensor,
+    temperature: Tensor,
+    next_temperature: Tensor,
+    step: Tensor,
+    lr: Tensor,
+    draw: Tensor,
+    next_draw: Tensor,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    kind: int,
+    measure: bool,
+) -> None:
+    _check_pair(weight, scores, temperature, draw)
+    gradient = gate_weight_backward_default(grad, weight, scores, temperature, draw, kind)
+    gradient = gradient.add(scores, alpha=weight_decay)  # L2, not decoupled
+    exp_avg.lerp_(gradient, 1 - beta1)
+    exp_avg_sq.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
+    count = step.double()
+    size = (lr.double() / (1 - beta1**count)).to(scores.dtype)
+    scale = (1 - beta2**count).sqrt().to(scores.dtype)
+    scores.sub_(size * exp_avg / (exp_avg_sq.sqrt() / scale + eps))
+    gated.copy_(gate_weight_default(weight, scores, next_temperature, next_draw, kind))
+    if measure:
+        uniforms = _uniform(GateKind(kind), scores, next_draw)
+        movement.add_(gate_movement(GateKind(kind), scores, next_temperature, uniforms).sum(dtype=torch.float64))
+
+
+def gated_adam_step_fake_(*_arguments) -> None:
+    return None
+
+
+_define(
+    "gated_adam_step_(Tensor(a!) gated, Tensor(b!) scores, Tensor(c!) exp_avg, Tensor(d!) exp_avg_sq,"
+    " Tensor(e!) movement, Tensor weight, Tensor grad, Tensor temperature, Tensor next_temperature, Tensor step,"
+    " Tensor lr, Tensor draw, Tensor next_draw, float beta1, float beta2, float eps, float weight_decay, int kind,"
+    " bool measure) -> ()",
+    gated_adam_step_default_,
+    gated_adam_step_fake_,
+)
+gated_adam_step_ = torch.ops.ffw_fast.gated_adam_step_.default
+
+
+# mutual_information: of the bias labels and the private heads' predictions over one batch, each head for itself ------
+
+JOINT_FLOOR = 1e-15
+
+
+def joint_distribution(logits: Tensor, labels: Tensor) -> Tensor:
+    """Joint of labels (rows) and predictions (columns), (heads, K, K), of logits (n, heads, K) and labels (n, heads)."""
+    probabilities = torch.softmax(_working(logits), dim=-1)
+    one_hot = torch.nn.functional.one_hot(labels, logits.shape[-1]).to(probabilities.dtype)
+    return torch.einsum("nhb,nhp->hbp", one_hot, probabilities).clamp_min(JOINT_FLOOR) / len(logits)
+
+
+def joint_information(joint: Tensor) -> Tensor:
+    """MI in units of ``log K`` of each joint (heads, K, K): ``sum Q log(Q / max(Q_b Q_p, 1e-15)) / log K``."""
+    independent = joint.sum(2, keepdim=True) * joint.sum(1, keepdim=True)
+    terms = joint * torch.log(joint / independent.clamp_min(JOINT_FLOOR))
+    return terms.sum((1, 2)) / math.log(joint.shape[-1])
+
+
+def _check_logits(logits: Tensor, labels: Tensor) -> None:
+    torch._check_value(
+        logits.dim() == 3 and labels.shape == logits.shape[:2],
+        lambda: f"expected logits (n, heads, K) and labels (n, heads), got {tuple(logits.shape)}, {tuple(labels.shape)}",
+    )
+    torch._check_type(
+        logits.is_floating_point() and labels.dtype == torch.int64,
+        lambda: f"expected floating-point logits and int64 labels, got {logits.dtype}, {labels.dtype}",
+    )
+
+
+def mutual_information_default(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    _check_logits(logits, labels)
+    joint = joint_distribution(logits, labels)
+    return joint_information(joint), joint
+
+
+def mutual_information_fake(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    _check_logits(logits, labels)
+    _, heads, classes = logits.shape
+    dtype = torch.float32 if logits.dtype in _HALF else logits.dtype
+    return logits.new_empty(heads, dtype=dtype), logits.new_empty(heads, classes, classes, dtype=dtype)
+
+
+def mutual_information_backward_default(grad: Tensor, logits: Tensor, labels: Tensor, joint: Tensor) -> Tensor:
+    _check_logits(logits, labels)
+    slope = _joint_slope(joint, len(logits)) * (grad / len(logits)).view(-1, 1, 1)
+    probabilities = torch.softmax(_working(logits), dim=-1)
+    picked = torch.take_along_dim(slope, labels.T.unsqueeze(-1), dim=1).transpose(0, 1)  # [n, heads, K]
+    inner = (picked * probabilities).sum(-1, keepdim=True)
+    return torch.empty_like(logits).copy_(probabilities * (picked - inner))
+
+
+def _joint_slope(joint: Tensor, count: int) -> Tensor:
+    """Derivative of the MI by each entry of the joint, zero where either clamp holds."""
+    rows, columns = joint.sum(2, keepdim=True), joint.sum(1, keepdim=True)
+    independent = rows * columns
+    free = independent >= JOINT_FLOOR
+    slope = torch.log(joint / independent.clamp_min(JOINT_FLOOR)) + 1
+    slope = slope - (joint * free / rows).sum(2, keepdim=True) - (joint * free / columns).sum(1, keepdim=True)
+    return torch.where(joint * count > JOINT_FLOOR, slope / math.log(joint.shape[-1]), 0)
+
+
+def mutual_information_backward_fake(grad: Tensor, logits: Tensor, labels: Tensor, joint: Tensor) -> Tensor:
+    _check_logits(logits, labels)
+    return torch.empty_like(logits)
+
+
+_define(
+    "mutual_information(Tensor logits, Tensor labels) -> (Tensor, Tensor)",
+    mutual_information_default,
+    mutual_information_fake,
+)
+_define(
+    "mutual_information_backward(Tensor grad, Tensor logits, Tensor labels, Tensor joint) -> Tensor",
+    mutual_information_backward_default,
+    mutual_information_backward_fake,
+)
+mutual_information = torch.ops.ffw_fast.mutual_information.default
+mutual_information_backward = torch.ops.ffw_fast.mutual_information_backward.default
+
+
+# fit_linear_head_: epochs of softmax regression on cached features, all heads at once, until the plateau -------------
+
+
+def fit_linear_head_default_(
+    weight: Tensor,
+    bias: Tensor,
+    weight_momentum: Tensor,
+    bias_momentum: Tensor,
+    plateau: Tensor,
+    features: Tensor,
+    labels: Tensor,
+    order: Tensor,
+    batch_size: int,
+    lr: float,
+    momentum: float,
+    weight_decay: float,
+    threshold: float,
+    patience: int,
+) -> Tensor:
+    rule = Plateau(threshold, patience, best=plateau[0].item(), failures=int(plateau[1].item()))
+    losses = torch.full((len(order),), math.nan, dtype=torch.float64, device=features.device)
+    for epoch, permutation in enumerate(order):
+        total = torch.zeros((), dtype=torch.float64, device=features.device)
+        for rows in permutation.split(batch_size):
+            x, y = features[rows], labels[rows]  # [B, D], [B, heads]
+            log_probabilities = torch.log_softmax(torch.einsum("nd,hkd->nhk", x, weight) + bias, dim=-1)
+            total -= log_probabilities.gather(2, y.unsqueeze(-1)).sum(dtype=torch.float64)
+            error = log_probabilities.exp()
+            error.scatter_add_(2, y.unsqueeze(-1), error.new_full((), -1.0).expand(*y.shape, 1))
+            error /= len(rows)
+            for value, buffer, gradient in (
+                (weight, weight_momentum, torch.einsum("nhk,nd->hkd", error, x)),
+                (bias, bias_momentum, error.sum(0)),
+            ):
+                buffer.mul_(momentum).add_(gradient).add_(value, alpha=weight_decay)
+                value.sub_(buffer, alpha=lr)
+        losses[epoch] = total / labels.numel()
+        if rule.reached(losses[epoch].item()):
+            plateau[2] = 1
+            break
+    plateau[0], plateau[1] = rule.best, rule.failures
+    return losses
+
+
+def fit_linear_head_fake_(weight, bias, weight_momentum, bias_momentum, plateau, features, labels, order, *_settings):
+    return features.new_empty(order.shape[0], dtype=torch.float64)
+
+
+_define(
+    "fit_linear_head_(Tensor(a!) weight, Tensor(b!) bias, Tensor(c!) weight_momentum, Tensor(d!) bias_momentum,"
+    " Tensor(e!) plateau, Tensor features, Tensor labels, Tensor order, int batch_size, float lr, float momentum,"
+    " float weight_decay, float threshold, int patience) -> Tensor",
+    fit_linear_head_default_,
+    fit_linear_head_fake_,
+)
+fit_linear_head_ = torch.ops.ffw_fast.fit_linear_head_.default

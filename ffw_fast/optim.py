@@ -1,0 +1,124 @@
+"""Adam on the scores, fused with the straight-through gradient before it and the new gated weight after it."""
+
+import math
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor
+
+from ffw_fast import ops
+from ffw_fast.gated_network import FlatGates
+from ffw_fast.schedule import LARGEST_FALL, STEPS_OF_SCORES
+
+LR = 1e-3
+BETAS = (0.9, 0.999)
+EPS = 1e-8
+WEIGHT_DECAY = 1e-4
+
+
+class GatedAdam(torch.optim.Optimizer):
+    """``torch.optim.Adam`` on gate scores, one pass a step over flat buffers.
+
+    The parameters are the flat gated weights, whose gradients autograd fills; what is trained are the scores behind
+    them. A step computes the scores' straight-through gradient, Adam with L2 weight decay (added to the gradient) and
+    bias correction, and the gated weights of the new scores.
+
+    Args:
+        gates: one or several ``FlatGates``, each a parameter group with settings of its own.
+        lr, betas, eps, weight_decay: as in ``torch.optim.Adam``.
+        anneal_rate: where given, every step also lowers the temperature so that the mean gate moves by at most that
+            much through it (the adaptive schedule), and scales the learning rate by ``min(1, T / (20 lr))``.
+
+    Raises:
+        ValueError: a setting out of its range.
+    """
+
+    def __init__(
+        self,
+        gates: FlatGates | Iterable[FlatGates],
+        lr: float = LR,
+        betas: tuple[float, float] = BETAS,
+        eps: float = EPS,
+        weight_decay: float = WEIGHT_DECAY,
+        anneal_rate: float | None = None,
+    ) -> None:
+        if not 0 < lr < math.inf or not all(0 <= beta < 1 for beta in betas) or eps <= 0 or weight_decay < 0:
+            raise ValueError(
+                f"expected lr > 0, betas in [0, 1), eps > 0 and weight_decay >= 0, "
+                f"got lr={lr}, betas={betas}, eps={eps}, weight_decay={weight_decay}"
+            )
+        groups = [gates] if isinstance(gates, FlatGates) else list(gates)
+        self._gates = {flat.gated: flat for flat in groups}
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "anneal_rate": anneal_rate}
+        super().__init__([{"params": [flat.gated]} for flat in groups], defaults)
+        if anneal_rate is not None:
+            if not 0 < anneal_rate < math.inf:
+                raise ValueError(f"anneal_rate must be positive and finite, got {anneal_rate}")
+            for flat in groups:
+                flat.measure_movement()
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:  # type: ignore[override]
+        """One step. Nothing is read back from the device."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            (gated,) = group["params"]
+            self._step(self._gates[gated], group)
+        return loss
+
+    def zero_grad(self, set_to_none: bool = False) -> None:
+        """Zero the flat gradients. They are never set to None: the layers' gradients are views of them."""
+        for gated in self._gates:
+            assert gated.grad is not None
+            gated.grad.zero_()
+
+    def _step(self, flat: FlatGates, group: dict) -> None:
+        if not self.state[flat.gated]:
+            self.start()
+        state = self.state[flat.gated]
+        annealing = group["anneal_rate"] is not None
+        lr = torch.full((), group["lr"], dtype=torch.float32, device=flat.temperature.device)
+        next_temperature = flat.temperature
+        if annealing:
+            lr = lr * (flat.temperature / (STEPS_OF_SCORES * group["lr"])).clamp_max(1)
+            fall = (group["anneal_rate"] * flat.count / flat.movement).clamp_max(LARGEST_FALL)
+            next_temperature = flat.temperature * torch.exp(-fall).float()
+            flat.movement.zero_()
+        state["step"] += 1
+        next_draw = flat.draw
+        if flat.kind.is_random:
+            next_draw = flat.draw + torch.tensor([0, 1, 0], device=flat.draw.device)
+        ops.gated_adam_step_(
+            flat.gated.detach(),
+            flat.scores,
+            state["exp_avg"],
+            state["exp_avg_sq"],
+            flat.movement,
+            flat.weight,
+            flat.gated.grad,
+            flat.temperature,
+            next_temperature,
+            state["step"],
+            lr,
+            flat.draw,
+            next_draw,
+            *group["betas"],
+            group["eps"],
+            group["weight_decay"],
+            int(flat.kind),
+            annealing,
+        )
+        flat.temperature.copy_(next_temperature)
+        flat.draw.copy_(next_draw)
+
+    def start(self) -> None:
+        """Create the moments, zero, before the first step; a checkpoint is loaded into them."""
+        for flat in self._gates.values():
+            self.state[flat.gated] = {
+                "step": torch.zeros((), dtype=torch.float32, device=flat.scores.device),
+                "exp_avg": torch.zeros_like(flat.scores),
+                "exp_avg_sq": torch.zeros_like(flat.scores),
+            }

@@ -1,0 +1,308 @@
+"""FFW as published, in plain PyTorch, to be read beside the paper: the oracle of the tests and the honest baseline.
+
+Nothing is cached or fused: gates are evaluated in every forward pass, the private heads are refitted by one pass of
+the whole network per head epoch, and every evaluation is a pass of its own. What it shares with ``ffw_fast.extract`` is
+what must be equal: the gate's and the MI's formulas, the plateau rule, the schedules, seeds and orders of samples.
+"""
+
+import copy
+import math
+import time
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.functional import cross_entropy
+
+from ffw_fast import heads as private_heads
+from ffw_fast import optim, philox
+from ffw_fast.data.samples import Samples
+from ffw_fast.extract import GATE_EPOCHS
+from ffw_fast.extraction import Extraction, masks_of, sparsity
+from ffw_fast.gated_network import bottleneck_module
+from ffw_fast.gates import GateKind, gate, gate_movement, gate_slope
+from ffw_fast.inputs import prepare
+from ffw_fast.measure import Measurement, measure
+from ffw_fast.modules import flat_offsets, maskable_layers
+from ffw_fast.ops import joint_distribution, joint_information
+from ffw_fast.plateau import Plateau
+from ffw_fast.progress import Progress, make_progress
+from ffw_fast.schedule import LARGEST_FALL, STEPS_OF_SCORES, judging_shift, make_schedule
+from ffw_fast.seeding import epoch_order
+from ffw_fast.settings import PRECISIONS, Settings
+
+
+def extract(
+    model: nn.Module,
+    train: Any,
+    val: Any,
+    *,
+    device: torch.device | str | None = None,
+    run_dir: str | None = None,
+    resume: bool = False,
+    progress: bool | Progress = True,
+    quirks: bool = False,
+    **settings: Any,
+) -> Extraction:
+    """``ffw_fast.extract`` in plain PyTorch; see there for the arguments, the result and the errors.
+
+    Args:
+        run_dir: the result is saved there at the end. There are no checkpoints, so ``resume`` is refused.
+        quirks: measure the MI that drives the temperature against the target label, as the published code does where
+            it pairs a head's output with ``labels[i]`` instead of ``labels[1 + i]``.
+    """
+    if resume:
+        raise ValueError("the reference keeps no checkpoints and cannot resume; use ffw_fast.extract")
+    checked = Settings(**settings)
+    train, val, width = prepare(model, train, val, checked)
+    where = torch.device(device) if device is not None else next(model.parameters()).device
+    run = Reference(checked, model, train.to(where), val.to(where), width, where, quirks)
+    with make_progress(progress, checked.max_epochs) as shown:
+        extraction = run.run(shown)
+    if run_dir is not None:
+        extraction.save(run_dir)
+    return extraction
+
+
+class StraightThroughGate(torch.autograd.Function):
+    """The gate of every score; backward as if it were the sigmoid behind it (design table in ``ffw_fast.gates``)."""
+
+    @staticmethod
+    def forward(ctx, scores: Tensor, kind: GateKind, temperature: Tensor, uniform: Tensor | None) -> Tensor:
+        ctx.save_for_backward(scores, temperature, uniform)
+        ctx.kind = kind
+        return gate(kind, scores, temperature, uniform)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        scores, temperature, uniform = ctx.saved_tensors
+        return grad * gate_slope(ctx.kind, scores, temperature, uniform), None, None, None
+
+
+class Reference:
+    """One extraction, step by step."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        model: nn.Module,
+        train: Samples,
+        val: Samples,
+        width: int,
+        device: torch.device,
+        quirks: bool,
+    ) -> None:
+        self.settings, self.train, self.val, self.quirks = settings, train, val, quirks
+        self.dense_model = model
+        self.network = copy.deepcopy(model).to(device).eval().requires_grad_(False)
+        bottleneck_module(self.network, settings.bottleneck).register_forward_hook(self.keep_features)
+        self.weights = {name: layer.weight.detach() for name, layer in maskable_layers(self.network).items()}
+        self.scores = {name: torch.zeros_like(weight, requires_grad=True) for name, weight in self.weights.items()}
+        self.temperature = torch.ones((), device=device)
+        self.draws = 0
+        self.heads = self.make_heads(train.b.shape[1], width, device)
+        self.head_epochs = 0
+        self.autocast = torch.autocast(
+            device.type, PRECISIONS[settings.precision], enabled=settings.precision != "fp32"
+        )
+
+    def make_heads(self, count: int, width: int, device: torch.device) -> nn.ModuleList:
+        classes = self.settings.num_bias_classes
+        weights, biases = private_heads.initial_parameters(count, classes, width, self.settings.seed)
+        heads = nn.ModuleList(nn.Linear(width, classes) for _ in range(count))
+        for head, weight, bias in zip(heads, weights, biases, strict=True):
+            head.load_state_dict({"weight": weight, "bias": bias})
+        return heads.to(device)
+
+    def keep_features(self, _module: nn.Module, _inputs: tuple, output: Tensor) -> None:
+        self.features = output.flatten(1)
+
+    def run(self, progress: Progress) -> Extraction:
+        settings = self.settings
+        started = time.perf_counter()
+        schedule = make_schedule(settings.schedule, settings.anneal_rate, optim.LR)
+        self.scores_optimizer = torch.optim.Adam(
+            list(self.scores.values()), optim.LR, optim.BETAS, optim.EPS, optim.WEIGHT_DECAY
+        )
+        self.heads_optimizer = make_heads_optimizer(self.heads)
+
+        self.fit_heads(self.heads, self.heads_optimizer)
+        vanilla_heads, vanilla_epochs = copy.deepcopy(self.heads), self.head_epochs
+        metrics: dict[str, Any] = {"vanilla": self.measure(self.heads).as_dict()}
+        best: Measurement | None = None
+        best_scores = self.scores
+        history: list[dict[str, Any]] = []
+
+        def judge() -> Measurement:
+            """The pruned network, with its own head; keep its scores where its bias accuracy is the lowest."""
+            nonlocal best, best_scores
+            shift = judging_shift(settings.kind, self.temperature.item(), schedule.anneals)
+            scores = {name: score.detach() + shift for name, score in self.scores.items()}
+            heads = copy.deepcopy(vanilla_heads)
+            masks = masks_of(scores)
+            resumed_epochs, self.head_epochs = self.head_epochs, vanilla_epochs
+            self.fit_heads(heads, make_heads_optimizer(heads), masks)
+            self.head_epochs = resumed_epochs
+            judged = self.measure(heads, masks)
+            if best is None or judged.mean_bias_accuracy < best.mean_bias_accuracy:
+                best, best_scores = judged, scores
+            metrics.update(pruned=judged.as_dict(), best=best.as_dict())
+            return judged
+
+        while len(history) < settings.max_epochs and not schedule.has_ended(self.temperature.item()):
+            epoch_started = time.perf_counter()
+            row: dict[str, Any] = {"epoch": len(history) + 1, "temperature": self.temperature.item()}
+            row |= self.train_epoch(len(history), schedule.anneals)
+            row["head_epochs"] = self.fit_heads(self.heads, self.heads_optimizer)
+            self.evaluate(self.train, self.heads)  # as published: every epoch, on all sets
+            logits, head_logits, row["val_mi"] = self.evaluate(self.val, self.heads)
+            on_validation = measure(logits, head_logits, self.val.y, self.val.b, 0.0)
+            row["val_task_accuracy"] = on_validation.task_accuracy
+            row["val_bias_accuracy"] = on_validation.bias_accuracy
+
+            before = self.temperature.item()
+            after, due = schedule.after_epoch(before, row["val_mi"])
+            if after != before:
+                self.temperature.fill_(after)
+            if due:
+                judged = judge()
+                row["pruned_task_accuracy"] = judged.task_accuracy
+                row["pruned_bias_accuracy"] = judged.bias_accuracy
+                if after != before and not schedule.has_ended(after):
+                    self.fit_heads(self.heads, self.heads_optimizer)
+            history.append({**row, "seconds": time.perf_counter() - epoch_started})
+            progress.epoch(history[-1])
+
+        if "pruned_task_accuracy" not in history[-1]:
+            judge()
+        shift = judging_shift(settings.kind, self.temperature.item(), schedule.anneals)
+        scores = {name: score.detach() + shift for name, score in self.scores.items()}
+        metrics |= {"epochs": len(history), "seconds": time.perf_counter() - started}
+        return Extraction(self.dense_model, settings, scores, best_scores, history, metrics)
+
+    def uniforms(self) -> dict[str, Tensor | None]:
+        """Each layer's uniform numbers: one draw for each update of the scores."""
+        if not self.settings.kind.is_random:
+            return dict.fromkeys(self.scores)
+        offsets = flat_offsets(score.numel() for score in self.scores.values())
+        result: dict[str, Tensor | None] = {}
+        for (name, score), offset in zip(self.scores.items(), offsets, strict=False):
+            draw = philox.make_draw(self.settings.seed, self.draws, offset, score.device)
+            result[name] = philox.uniform(score.numel(), draw).view(score.shape).to(score.dtype)
+        return result
+
+    def forward(self, x: Tensor, masks: dict[str, Tensor] | None = None) -> tuple[Tensor, Tensor]:
+        """Features (n, D) and logits (n, C) of the gated network, or of the pruned one where masks are given."""
+        kind, weights, uniforms = self.settings.kind, {}, self.uniforms()
+        for name, weight in self.weights.items():
+            if masks is not None:
+                gates = masks[name].to(weight.dtype)
+            else:
+                gates = StraightThroughGate.apply(self.scores[name], kind, self.temperature, uniforms[name])
+            weights[f"{name}.weight"] = weight * gates
+        with self.autocast:
+            logits = functional_call(self.network, weights, (x,))
+        return self.features.float(), logits.float()
+
+    def information(self, head_logits: Tensor, b: Tensor) -> Tensor:
+        """Mean MI over the heads, differentiable: logits (n, heads, K), labels (n, heads)."""
+        return joint_information(joint_distribution(head_logits, b)).mean()
+
+    def train_epoch(self, epoch: int, anneals: bool) -> dict[str, float]:
+        """A step of Adam on the scores and of SGD on the heads for each minibatch."""
+        settings, totals = self.settings, torch.zeros(3, dtype=torch.float64)
+        rows = epoch_order(len(self.train.y), settings.seed, GATE_EPOCHS, epoch).to(self.train.y.device)
+        for batch in rows.split(settings.batch_size):
+            x, y, b = self.train.x[batch], self.train.y[batch], self.train.b[batch]
+            features, logits = self.forward(x)
+            task_loss = cross_entropy(logits, y)
+            information = self.information(frozen_logits(self.heads, features), b)
+            loss = settings.alpha * task_loss + settings.gamma * information
+
+            self.scores_optimizer.zero_grad()
+            loss.backward()
+            self.heads_optimizer.zero_grad()
+            heads_loss(self.heads, features.detach(), b).backward()
+            if anneals:
+                next_temperature = self.anneal()
+            self.scores_optimizer.step()
+            self.draws += 1
+            self.heads_optimizer.step()
+            if anneals:
+                self.temperature.copy_(next_temperature)
+            totals += torch.tensor([loss.item(), task_loss.item(), information.item()]) * len(batch)
+        return dict(zip(("loss", "cross_entropy", "train_mi"), (totals / len(rows)).tolist(), strict=True))
+
+    @torch.no_grad()
+    def anneal(self) -> Tensor:
+        """The temperature after this step, by the movement of the gates of its forward pass; sets the scores' lr."""
+        kind, uniforms = self.settings.kind, self.uniforms()
+        movements = [
+            gate_movement(kind, score, self.temperature, uniforms[name]).sum(dtype=torch.float64).item()
+            for name, score in self.scores.items()
+        ]
+        mean = sum(movements) / sum(score.numel() for score in self.scores.values())
+        fall = min(self.settings.anneal_rate / mean, LARGEST_FALL) if mean > 0 else LARGEST_FALL
+        for group in self.scores_optimizer.param_groups:
+            group["lr"] = optim.LR * min(1.0, self.temperature.item() / (STEPS_OF_SCORES * optim.LR))
+        return self.temperature * math.exp(-fall)
+
+    def fit_heads(
+        self, heads: nn.ModuleList, optimizer: torch.optim.SGD, masks: dict[str, Tensor] | None = None
+    ) -> int:
+        """Fit heads to a plateau: one forward pass of the network per head epoch. Epochs it took."""
+        plateau = Plateau(private_heads.PLATEAU_THRESHOLD, private_heads.PLATEAU_PATIENCE)
+        for epoch in range(private_heads.MAX_EPOCHS):
+            rows = epoch_order(len(self.train.y), self.settings.seed, private_heads.HEAD_EPOCHS, self.head_epochs)
+            self.head_epochs += 1
+            total = 0.0
+            for batch in rows.to(self.train.y.device).split(self.settings.batch_size):
+                with torch.no_grad():
+                    features, _logits = self.forward(self.train.x[batch], masks)
+                optimizer.zero_grad()
+                loss = heads_loss(heads, features, self.train.b[batch])
+                loss.backward()
+                optimizer.step()
+                total += loss.item() * len(batch)
+            if plateau.reached(total / len(rows) / len(heads)):
+                break
+        return epoch + 1
+
+    @torch.no_grad()
+    def evaluate(
+        self, samples: Samples, heads: nn.ModuleList, masks: dict[str, Tensor] | None = None
+    ) -> tuple[Tensor, Tensor, float]:
+        """Logits, head logits, and the mean MI over minibatches, in one pass over a set."""
+        labels = samples.y.unsqueeze(1).expand_as(samples.b) if self.quirks else samples.b
+        logits, head_logits, information = [], [], []
+        for x, b in zip(
+            samples.x.split(self.settings.batch_size), labels.split(self.settings.batch_size), strict=True
+        ):
+            features, batch_logits = self.forward(x, masks)
+            logits.append(batch_logits)
+            head_logits.append(frozen_logits(heads, features))
+            information.append(self.information(head_logits[-1], b).item())
+        return torch.cat(logits), torch.cat(head_logits), sum(information) / len(information)
+
+    def measure(self, heads: nn.ModuleList, masks: dict[str, Tensor] | None = None) -> Measurement:
+        logits, head_logits, _ = self.evaluate(self.val, heads, masks)
+        return measure(logits, head_logits, self.val.y, self.val.b, 0.0 if masks is None else sparsity(masks))
+
+
+def make_heads_optimizer(heads: nn.ModuleList) -> torch.optim.SGD:
+    return torch.optim.SGD(
+        heads.parameters(), private_heads.LR, private_heads.MOMENTUM, weight_decay=private_heads.WEIGHT_DECAY
+    )
+
+
+def frozen_logits(heads: nn.ModuleList, features: Tensor) -> Tensor:
+    """Logits (n, heads, K): gradients reach the features, never the heads' own parameters."""
+    return torch.stack(
+        [features @ head.weight.detach().T + head.bias.detach() for head in heads], dim=1  # type: ignore[operator]
+    )
+
+
+def heads_loss(heads: nn.ModuleList, features: Tensor, b: Tensor) -> Tensor:
+    """Sum of the heads' cross-entropies on features (n, D) and bias labels (n, heads)."""
+    return torch.stack([cross_entropy(head(features), labels) for head, labels in zip(heads, b.T, strict=True)]).sum()

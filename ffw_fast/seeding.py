@@ -1,0 +1,17 @@
+"""Random numbers that no one else draws from: every purpose has a stream of its own, the global ones are left alone."""
+
+import hashlib
+
+import torch
+from torch import Tensor
+
+
+def seeded_generator(seed: int, purpose: str) -> torch.Generator:
+    """A generator on the CPU for one purpose, so that, say, a smaller training set changes nothing in the test set."""
+    digest = hashlib.sha256(f"{seed}:{purpose}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+
+def epoch_order(count: int, seed: int, stream: str, epoch: int) -> Tensor:
+    """The order, int64 (count,), in which an epoch visits the samples; it depends on nothing that came before."""
+    return torch.randperm(count, generator=seeded_generator(seed, f"{stream} {epoch}"))

@@ -1,0 +1,106 @@
+"""The frozen network made cheap without changing what it computes, found by its graph and checked on a sample.
+
+Batch norm in eval mode is an affine map per channel; where it alone reads the output of a layer, it folds into that
+layer's frozen weight and bias (``w' = w a``): the gate multiplies ``w'``, the bias is not gated, and the gradient of the
+scores is the same. A ReLU that alone reads a layer's output may overwrite it.
+"""
+
+import copy
+from collections import Counter
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from ffw_fast.modules import MASKED_CLASSES
+
+LINEAR_LAYERS = tuple(MASKED_CLASSES)
+TOLERANCE = 1e-3  # of the largest output; folding rounds differently, but is far nearer than this
+
+
+def simplified(model: nn.Module, outputs: Callable[[nn.Module], list[Tensor]]) -> nn.Module:
+    """A copy of the model, simplified where that can be shown to be exact, else as it is.
+
+    Args:
+        model: in eval mode.
+        outputs: runs a model on a sample and gives all the outputs that matter.
+    """
+    plain, cheap = copy.deepcopy(model), copy.deepcopy(model)
+    try:
+        graph = fx.Tracer().trace(cheap)
+    except Exception:  # a forward that cannot be traced: whatever its code raises under symbolic inputs
+        return plain
+    fold_batch_norms(cheap, graph)
+    overwrite_in_relus(cheap, graph)
+    expected = outputs(plain)
+    try:
+        given = outputs(cheap)
+    except RuntimeError:
+        return plain
+    same = all(
+        torch.allclose(ours, theirs, rtol=0, atol=TOLERANCE * float(theirs.abs().max()))
+        for ours, theirs in zip(given, expected, strict=True)
+    )
+    return cheap if same else plain
+
+
+def fold_batch_norms(model: nn.Module, graph: fx.Graph) -> list[str]:
+    """Fold every batch norm that alone reads a Conv's or Linear's output, in place; names of those folded."""
+    folded = []
+    for layer_name, norm_name in _pairs(model, graph, _BatchNorm):
+        layer, norm = model.get_submodule(layer_name), model.get_submodule(norm_name)
+        if norm.running_mean is None or norm.num_features != layer.weight.shape[0]:
+            continue
+        _fold(layer, norm)
+        _replace(model, norm_name, nn.Identity())
+        folded.append(norm_name)
+    return folded
+
+
+def overwrite_in_relus(model: nn.Module, graph: fx.Graph) -> None:
+    """Let every ``nn.ReLU`` that alone reads a Conv's, Linear's or folded batch norm's output overwrite it."""
+    for _, relu_name in _pairs(model, graph, nn.ReLU):
+        model.get_submodule(relu_name).inplace = True
+
+
+def _pairs(model: nn.Module, graph: fx.Graph, reader: type[nn.Module]) -> Iterator[tuple[str, str]]:
+    """(layer, reader) names: a module of the reader's class that alone reads a linear layer's output, both run once."""
+    runs = Counter(node.target for node in graph.nodes if node.op == "call_module")
+    for node in graph.nodes:
+        if node.op != "call_module" or not isinstance(model.get_submodule(node.target), reader):
+            continue
+        source = node.args[0] if node.args else None
+        while _is_identity(model, source) and len(source.users) == 1:
+            source = source.args[0]
+        if not isinstance(source, fx.Node) or source.op != "call_module" or len(source.users) != 1:
+            continue
+        once = runs[source.target] == runs[node.target] == 1
+        if once and type(model.get_submodule(source.target)) in LINEAR_LAYERS:
+            yield source.target, node.target
+
+
+def _is_identity(model: nn.Module, node: object) -> bool:
+    """Whether the node is an Identity, such as a folded batch norm has become."""
+    is_module = isinstance(node, fx.Node) and node.op == "call_module"
+    return is_module and isinstance(model.get_submodule(node.target), nn.Identity)
+
+
+@torch.no_grad()
+def _fold(layer: nn.Module, norm: _BatchNorm) -> None:
+    """``a (w x + c - mean) + beta`` with ``a = scale / sqrt(var + eps)`` as one layer, computed in double precision."""
+    factor = (norm.running_var.double() + norm.eps).rsqrt()
+    if norm.weight is not None:
+        factor = factor * norm.weight.double()
+    start = 0 if layer.bias is None else layer.bias.double()
+    shift = (start - norm.running_mean.double()) * factor
+    if norm.bias is not None:
+        shift = shift + norm.bias.double()
+    weight = layer.weight.double() * factor.view(-1, *[1] * (layer.weight.dim() - 1))
+    layer.weight = nn.Parameter(weight.to(layer.weight.dtype), requires_grad=False)
+    layer.bias = nn.Parameter(shift.to(layer.weight.dtype), requires_grad=False)
+
+
+def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)
