@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from ffw_fast.finetune import finetune
 from ffw_fast.modules import maskable_layers
 from ffw_fast.settings import Settings
 
@@ -59,6 +60,11 @@ class Extraction:
     def model(self, best: bool = False) -> nn.Module:
         """The pruned network: a copy of the biased one, in eval mode, with zeros where the (best) scores are < 0."""
         return apply_masks(copy.deepcopy(self.dense_model), self.best_masks if best else self.masks).eval()
+
+    def finetune(self, train: Any, val: Any, epochs: int = 10, *, gamma: float = 0.0, best: bool = False) -> nn.Module:
+        """The pruned network with its surviving weights trained further; see ``ffw_fast.finetune.finetune``."""
+        masks = self.best_masks if best else self.masks
+        return finetune(self.model(best), masks, train, val, self.settings, epochs=epochs, gamma=gamma)
 
     def save(self, directory: str | os.PathLike[str]) -> None:
         """Write ``config.json``, ``metrics.json``, ``history.csv``, the scores and the pruned network's weights."""

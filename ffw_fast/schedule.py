@@ -10,6 +10,7 @@ from ffw_fast.plateau import Plateau
 MI_THRESHOLD = 0.05
 MI_PATIENCE = 5
 COOLING = 10.0
+ROUNDING = 1e-3  # eight tenfold falls in float32 end a rounding below 1e-8, which does not count as below
 FINAL_TEMPERATURE = 1e-8
 LARGEST_FALL = 0.02  # of ln T in one step of the adaptive schedule
 STEPS_OF_SCORES = 20  # the adaptive schedule scales lr down from T = 20 lr on ...
@@ -48,7 +49,7 @@ class PublishedSchedule:
         return temperature / COOLING, True
 
     def has_ended(self, temperature: float) -> bool:
-        return temperature < FINAL_TEMPERATURE
+        return temperature < FINAL_TEMPERATURE * (1 - ROUNDING)
 
 
 @dataclass

@@ -1,59 +1,22 @@
 """The fast loop against the reference, and what ``extract`` promises."""
 
+import copy
+
 import pytest
 import torch
-from torch import Tensor, nn
 
 from ffw_fast import reference
 from ffw_fast.extract import extract
 from ffw_fast.extraction import Extraction
+from tests.toy import BOTTLENECK, CLASSES, biased_set, network
 
-CLASSES = 4
-
-
-def biased_set(count: int, biases: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Small images whose shape tells the target and whose colour tells the biases; target and bias independent."""
-    source = torch.Generator().manual_seed(seed)
-    y = torch.randint(CLASSES, (count,), generator=source)
-    b = torch.randint(CLASSES, (count, biases), generator=source)
-    x = 0.3 * torch.randn(count, 3, 8, 8, generator=source)
-    patterns = torch.randn(CLASSES, 1, 8, 8, generator=torch.Generator().manual_seed(99))
-    colors = torch.randn(CLASSES, 3, 1, 1, generator=torch.Generator().manual_seed(98))
-    x += patterns[y]
-    for index in range(biases):
-        columns = slice(None) if biases == 1 else slice(4 * index, 4 * index + 4)
-        x[..., columns] += colors[b[:, index]]
-    return x, y, b
-
-
-def network(norm: bool, seed: int = 0) -> nn.Module:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = nn.Sequential(
-            nn.Conv2d(3, 8, 3, padding=1),
-            nn.BatchNorm2d(8) if norm else nn.Identity(),
-            nn.ReLU(),
-            nn.Conv2d(8, 12, 3, stride=2, bias=False),
-            nn.BatchNorm2d(12) if norm else nn.Identity(),
-            nn.ReLU(),
-            nn.AdaptiveAvgPool2d(2),
-            nn.Linear(2, 2),
-            nn.Flatten(),
-            nn.Linear(48, CLASSES),
-        )
-        x, y, _b = biased_set(400, 1, seed)
-        optimizer = torch.optim.Adam(model.parameters(), 3e-3)
-        for _ in range(20):
-            optimizer.zero_grad()
-            nn.functional.cross_entropy(model(x), y).backward()
-            optimizer.step()
-    return model.eval()
+SETTINGS = {"bottleneck": BOTTLENECK, "num_bias_classes": CLASSES, "batch_size": 50, "progress": False}
 
 
 def both(biases: int, norm: bool, **settings) -> tuple[Extraction, Extraction]:
     model = network(norm)
     train, val = biased_set(130, biases, 1), biased_set(70, biases, 2)
-    arguments = {"bottleneck": "8", "num_bias_classes": CLASSES, "batch_size": 50, "progress": False, **settings}
+    arguments = {**SETTINGS, **settings}
     return extract(model, train, val, **arguments), reference.extract(model, train, val, **arguments)
 
 
@@ -79,3 +42,63 @@ def test_fast_and_reference_find_the_same_scores(biases, norm, schedule):
 @pytest.mark.parametrize("gate", ["hard", "bernoulli", "concrete"])
 def test_every_gate_kind_is_held_to_the_reference(gate):
     assert_held_together(*both(1, True, gate=gate, max_epochs=3))
+
+
+def test_adaptive_random_gates_are_held_to_the_reference():
+    assert_held_together(*both(1, True, gate="bernoulli", schedule="adaptive", anneal_rate=1e-3, max_epochs=3))
+
+
+def test_whole_published_schedule_ends_by_temperature_and_debiases():
+    train, val = biased_set(300, seed=1), biased_set(200, seed=2)
+    found = extract(network(), train, val, **SETTINGS, seed=3)
+    temperatures = [row["temperature"] for row in found.history]
+    assert temperatures[0] == 1 and temperatures[-1] == pytest.approx(1e-8) and len(temperatures) < 200
+    assert all(after in (before, pytest.approx(before / 10)) for before, after in zip(temperatures, temperatures[1:]))
+    assert found.metrics["vanilla"]["bias_accuracy"][0] > 0.8
+    assert found.metrics["best"]["bias_accuracy"][0] < found.metrics["vanilla"]["bias_accuracy"][0]
+    judged = [row for row in found.history if "pruned_bias_accuracy" in row]
+    assert min(row["pruned_bias_accuracy"] for row in judged) == found.metrics["best"]["bias_accuracy"]
+
+
+def test_the_adaptive_schedule_ends_near_binary_gates():
+    train, val = biased_set(300, seed=1), biased_set(200, seed=2)
+    found = extract(network(), train, val, **SETTINGS, schedule="adaptive", anneal_rate=5e-3, gamma=1.0)
+    temperatures = [row["temperature"] for row in found.history]
+    assert len(temperatures) < 200 and temperatures == sorted(temperatures, reverse=True)
+    last = found.history[-1]
+    assert found.metrics["pruned"]["task_accuracy"] == pytest.approx(last["val_task_accuracy"], abs=0.02)
+
+
+def test_same_seed_same_result_and_the_global_generator_is_left_alone():
+    train, val = biased_set(100, seed=1), biased_set(60, seed=2)
+    model = network()
+    before = copy.deepcopy(model.state_dict())
+    state = torch.get_rng_state()
+    once, again, other = (extract(model, train, val, **SETTINGS, max_epochs=2, seed=seed) for seed in (1, 1, 2))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(once.scores[name], again.scores[name]) for name in once.scores)
+    assert any(not torch.equal(once.scores[name], other.scores[name]) for name in once.scores)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_the_published_quirk_measures_the_target_instead_of_the_bias():
+    """The published evaluation pairs a head with the wrong label: its MI is then near that of unrelated labels."""
+    train, val = biased_set(130, seed=1), biased_set(100, seed=2)
+    right, wrong = (
+        reference.extract(network(), train, val, **SETTINGS, max_epochs=1, quirks=quirks) for quirks in (False, True)
+    )
+    assert wrong.history[0]["val_mi"] < 0.5 * right.history[0]["val_mi"]
+
+
+def test_finetuning_keeps_the_mask_and_does_not_lose_accuracy():
+    train, val = biased_set(300, seed=1), biased_set(200, seed=2)
+    found = extract(network(), train, val, **SETTINGS, max_epochs=3)
+    for gamma in (0.0, 1.0):
+        tuned = found.finetune(train, val, epochs=2, gamma=gamma)
+        for name, mask in found.masks.items():
+            weight = tuned.get_submodule(name).weight
+            assert not weight[~mask].any()
+        changed = (tuned.conv1.weight - found.model().conv1.weight).abs().max()
+        reached = (tuned(val[0]).argmax(1) == val[1]).double().mean()
+        assert reached >= found.metrics["pruned"]["task_accuracy"]
+        assert changed > 0 or reached == found.metrics["pruned"]["task_accuracy"]

@@ -1,0 +1,124 @@
+"""Fine-tuning of what survives: masks fixed, the surviving weights and the biases of the masked layers trained."""
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ffw_fast.data.samples import Samples
+from ffw_fast.gated_network import bottleneck_module
+from ffw_fast.heads import PrivateHeads
+from ffw_fast.inputs import prepare
+from ffw_fast.measure import accuracy
+from ffw_fast.objective import objective
+from ffw_fast.seeding import epoch_order
+from ffw_fast.settings import Settings
+
+LR = 1e-3
+EVALUATION_BATCH = 500
+FINETUNE_EPOCHS = "finetune epoch"  # the stream of orders in which samples are visited
+
+
+def finetune(
+    model: nn.Module,
+    masks: dict[str, Tensor],
+    train: Any,
+    val: Any,
+    settings: Settings,
+    *,
+    epochs: int = 10,
+    gamma: float = 0.0,
+    lr: float = LR,
+) -> nn.Module:
+    """Train the weights that the masks keep, and the same layers' biases, by Adam on ``alpha CE + gamma MI``.
+
+    The network stays in eval mode, batch norm as it is. With ``gamma`` above 0 private heads are fitted before every
+    epoch and learn in every step, as in the extraction.
+
+    Args:
+        model: the pruned network; it is copied.
+        masks: layer name -> boolean mask; what is false stays 0.
+        train, val: as for ``ffw_fast.extract``.
+        settings: of the extraction, for the bottleneck, alpha, batch size and seed.
+
+    Returns:
+        The network of the epoch with the highest validation task accuracy (the earliest of equals), in eval mode; the
+        pruned network itself if no epoch is better.
+
+    Raises:
+        ValueError, TypeError: bad data or settings, or data that does not fit the model.
+    """
+    if epochs < 1 or gamma < 0 or lr <= 0:
+        raise ValueError(f"expected epochs >= 1, gamma >= 0 and lr > 0, got {epochs}, {gamma} and {lr}")
+    train, val, width = prepare(model, train, val, settings)
+    network = copy.deepcopy(model).eval().requires_grad_(False)
+    device = next(network.parameters()).device
+    train, val = train.to(device), val.to(device)
+    optimizer = torch.optim.Adam(_open(network, masks), lr)
+    heads = PrivateHeads.create(
+        train.b.shape[1],
+        settings.num_bias_classes,
+        width,
+        seed=settings.seed,
+        batch_size=settings.batch_size,
+        device=device,
+    )
+    reader = _Reader(network, settings.bottleneck)
+    best, best_accuracy = copy.deepcopy(network.state_dict()), reader.accuracy(val)
+    for epoch in range(epochs):
+        if gamma > 0:
+            heads.fit(reader.features(train.x), train.b)
+        rows = epoch_order(len(train.y), settings.seed, FINETUNE_EPOCHS, epoch).to(device)
+        for batch in rows.split(settings.batch_size):
+            optimizer.zero_grad()
+            features, logits = reader(train.x[batch])
+            head_logits = heads.logits(features)
+            loss, _, _ = objective(logits, train.y[batch], head_logits, train.b[batch], settings.alpha, gamma)
+            loss.backward()
+            optimizer.step()
+            if gamma > 0:
+                heads.step(features, train.b[batch])
+        reached = reader.accuracy(val)
+        if reached > best_accuracy:
+            best, best_accuracy = copy.deepcopy(network.state_dict()), reached
+    network.load_state_dict(best)
+    reader.close()
+    return network.requires_grad_(True)
+
+
+def _open(network: nn.Module, masks: dict[str, Tensor]) -> list[nn.Parameter]:
+    """Let the masked layers' weights and biases be trained; gradients of pruned weights are 0. The opened parameters."""
+    opened = []
+    for name, mask in masks.items():
+        layer = network.get_submodule(name)
+        for parameter in layer.parameters(recurse=False):
+            opened.append(parameter.requires_grad_(True))
+        kept = mask.to(layer.weight.device)
+        layer.weight.register_hook(lambda grad, kept=kept: grad * kept)
+    return opened
+
+
+class _Reader:
+    """Runs a network and keeps what its bottleneck gives."""
+
+    def __init__(self, network: nn.Module, bottleneck: str) -> None:
+        self.network = network
+        self.kept: Tensor = torch.empty(0)
+        self.close = bottleneck_module(network, bottleneck).register_forward_hook(self._keep).remove
+
+    def _keep(self, _module: nn.Module, _inputs: tuple, output: Tensor) -> None:
+        self.kept = output.flatten(1)
+
+    def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        logits = self.network(x)
+        return self.kept, logits
+
+    @torch.no_grad()
+    def features(self, x: Tensor) -> Tensor:
+        return torch.cat([self(batch)[0] for batch in x.split(EVALUATION_BATCH)])
+
+    @torch.no_grad()
+    def accuracy(self, samples: Samples) -> float:
+        logits = torch.cat([self.network(batch) for batch in samples.x.split(EVALUATION_BATCH)])
+        return accuracy(logits, samples.y).item()
