@@ -1,0 +1,128 @@
+"""The benchmarks of the paper: which data, which network, which recipe, and what the paper says of each."""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from ffw_fast.data import Splits, biased_mnist, multi_color_mnist
+from ffw_fast.models import MLP, SimpleConvNet
+from ffw_fast.vanilla import Recipe
+
+
+@dataclass(frozen=True)
+class Option:
+    """An option of a workload's data, from which the command line makes an argument."""
+
+    name: str  # as in Python, with underscores
+    type: type[int] | type[float] | type[bool]
+    help: str
+
+    @property
+    def flag(self) -> str:
+        """As on the command line: ``train_size`` is ``--train-size``."""
+        return "--" + self.name.replace("_", "-")
+
+
+@dataclass(frozen=True)
+class Workload:
+    """One benchmark of the FFW paper."""
+
+    name: str
+    title: str
+    bias_names: tuple[str, ...]
+    bottleneck: str  # the module whose output the heads read
+    network: Callable[[], nn.Module]
+    data: Callable[..., Splits]  # called with data_dir, seed and the options
+    full_recipe: Recipe  # as published, for the full data set
+    shipped_recipe: Recipe  # for the data that comes with the package
+    paper_seconds: int  # time of FFW on an A100, Table 8 of the paper
+    paper_unbiased_size: int  # samples of the unbiased training set, Table 8 of the paper
+    options: tuple[Option, ...] = ()
+    num_classes: int = 10
+    num_bias_classes: int = 10
+    batch_size: int = 100  # of FFW
+    default_gamma: float = 10.0
+
+    def build_model(self, seed: int) -> nn.Module:
+        """The network, freshly initialised on the CPU; the global generators are left alone."""
+        with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+            torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed every GPU as well
+            return self.network()
+
+    def load(self, data_dir: str | os.PathLike[str] | None, seed: int, **options: Any) -> Splits:
+        """The four sets; options that are absent or None take their defaults."""
+        known = [option.name for option in self.options]
+        if unknown := [name for name in options if name not in known]:
+            raise ValueError(
+                f"{self.name} has no option {', '.join(unknown)}; it understands {', '.join(known) or 'none'}"
+            )
+        return self.data(data_dir, seed, **options)
+
+    def recipe(self, full: bool) -> Recipe:
+        """How to train the vanilla network: as published on the ``full`` data set, or on the shipped one."""
+        return self.full_recipe if full else self.shipped_recipe
+
+
+_TRAIN_SIZE = Option("train_size", int, "samples that the vanilla network learns from")
+_UNBIASED_SIZE = Option("unbiased_size", int, "samples of the unbiased training set")
+_UNBIASED_DIGITS = Option("unbiased_digits", int, "different digits in the unbiased training set")
+
+_MULTI_COLOR_MNIST = Workload(
+    name="multi-color-mnist",
+    title="Multi-Color MNIST",
+    bias_names=("left colour", "right colour"),
+    bottleneck="relu3",
+    network=MLP,
+    data=multi_color_mnist,
+    full_recipe=Recipe("adam", lr=1e-3, batch_size=256, epochs=100),
+    shipped_recipe=Recipe("adam", lr=1e-3, batch_size=256, epochs=100),
+    paper_seconds=22 * 60,
+    paper_unbiased_size=6000,
+    options=(
+        _TRAIN_SIZE,
+        _UNBIASED_SIZE,
+        _UNBIASED_DIGITS,
+        Option(
+            "second_division",
+            bool,
+            "divide pixels in [0, 1] by 255 once more (default: only with full MNIST)",
+        ),
+    ),
+)
+
+_BIASED_MNIST = Workload(
+    name="biased-mnist",
+    title="Biased-MNIST",
+    bias_names=("background colour",),
+    bottleneck="flatten",
+    network=SimpleConvNet,
+    data=biased_mnist,
+    full_recipe=Recipe("sgd", lr=0.1, batch_size=100, epochs=80, milestones=(0.5, 0.75)),
+    shipped_recipe=Recipe("sgd", lr=0.1, batch_size=100, epochs=30, milestones=(0.5, 0.75)),
+    paper_seconds=(3 * 60 + 20) * 60,
+    paper_unbiased_size=36000,
+    options=(
+        Option(
+            "rho",
+            float,
+            "probability of the label's own colour in the vanilla set (default: full MNIST 0.99, else 0.95)",
+        ),
+        Option("image_size", int, "height and width in pixels, from 7 to 28 (default: 28)"),
+        _TRAIN_SIZE,
+        _UNBIASED_SIZE,
+        _UNBIASED_DIGITS,
+    ),
+)
+
+WORKLOADS: dict[str, Workload] = {workload.name: workload for workload in (_MULTI_COLOR_MNIST, _BIASED_MNIST)}
+
+
+def get_workload(name: str) -> Workload:
+    """The workload of that name; ``ValueError`` with the known names otherwise."""
+    if name not in WORKLOADS:
+        raise ValueError(f"unknown workload {name!r}; known workloads: {', '.join(WORKLOADS)}")
+    return WORKLOADS[name]

@@ -1,0 +1,169 @@
+"""Training of the vanilla network."""
+
+import dataclasses
+
+import pytest
+import torch
+from torch import nn
+
+from ffw_fast.data import Samples, multi_color_mnist
+from ffw_fast.models import MLP, SimpleConvNet
+from ffw_fast.vanilla import Recipe, train_vanilla
+from ffw_fast.workloads import get_workload
+
+ADAM = Recipe("adam", lr=1e-3, batch_size=64, epochs=10)
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Steps this small gain nothing from more threads, and lose much to waiting on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def accuracy(model: nn.Module, x: torch.Tensor, labels: torch.Tensor) -> float:
+    with torch.no_grad():
+        return (model(x).argmax(dim=1) == labels).float().mean().item()
+
+
+def few_samples(n: int = 10) -> Samples:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.rand((n, 3, 28, 28), generator=generator)
+    return Samples(x, torch.arange(n) % 10, torch.zeros((n, 1), dtype=torch.int64))
+
+
+def test_it_learns_the_color_and_not_the_digit():
+    splits = multi_color_mnist(train_size=2000)
+    model = get_workload("multi-color-mnist").build_model(0)
+    trained = train_vanilla(model, splits.vanilla, ADAM, seed=0)
+    assert trained is model
+    assert not model.training
+    assert accuracy(model, splits.vanilla.x, splits.vanilla.y) > 0.95
+    test = splits.test
+    agreeing = test.b[:, 0] == test.b[:, 1]
+    assert accuracy(model, test.x[agreeing], test.b[agreeing, 0]) > 0.8
+    assert accuracy(model, test.x, test.y) < 0.4
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "sgd"])
+def test_it_agrees_with_a_plain_training_loop(optimizer):
+    samples = few_samples()
+    recipe = Recipe(optimizer, lr=0.01, batch_size=4, epochs=4, milestones=(0.5,), lr_cut=0.5)
+    workload = get_workload("multi-color-mnist")
+    model, plain = workload.build_model(0), workload.build_model(0)
+    orders = []
+    model.flatten.register_forward_hook(lambda module, inputs, output: orders.append(inputs[0].clone()))
+    losses = []
+    train_vanilla(model, samples, recipe, seed=5, on_epoch=lambda epoch, loss: losses.append((epoch, loss)))
+    assert [len(batch) for batch in orders] == [4, 4, 2] * 4, "the short last minibatch is kept"
+
+    if optimizer == "adam":
+        steps: torch.optim.Optimizer = torch.optim.Adam(plain.parameters(), 0.01, weight_decay=1e-4)
+    else:
+        steps = torch.optim.SGD(plain.parameters(), 0.01, momentum=0.9, weight_decay=1e-4)
+    label = {image.numpy().tobytes(): int(y) for image, y in zip(samples.x, samples.y, strict=True)}
+    total = 0.0
+    for number, batch in enumerate(orders):
+        steps.param_groups[0]["lr"] = 0.01 if number < 6 else 0.005
+        targets = torch.tensor([label[image.numpy().tobytes()] for image in batch])
+        loss = nn.functional.cross_entropy(plain(batch), targets)
+        total += loss.item() * len(batch) if number >= 9 else 0
+        steps.zero_grad()
+        loss.backward()
+        steps.step()
+    for trained, expected in zip(model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(trained, expected)
+    assert [epoch for epoch, _ in losses] == [1, 2, 3, 4]
+    assert losses[-1][1] == pytest.approx(total / 10, rel=1e-4)
+
+
+def test_every_epoch_has_its_own_order():
+    seen = []
+    model = MLP()
+    model.flatten.register_forward_hook(
+        lambda module, inputs, output: seen.append(inputs[0][:, 0, 0, 0].clone())
+    )
+    samples = few_samples()
+    train_vanilla(model, samples, dataclasses.replace(ADAM, batch_size=10, epochs=3), seed=0)
+    assert len({tuple(order.tolist()) for order in seen}) == 3
+    assert all(torch.equal(order.sort().values, samples.x[:, 0, 0, 0].sort().values) for order in seen)
+
+
+def test_deterministic_and_the_global_generator_untouched():
+    samples = few_samples()
+    workload = get_workload("multi-color-mnist")
+
+    def trained(seed: int) -> torch.Tensor:
+        model = workload.build_model(0)
+        return train_vanilla(
+            model, samples, dataclasses.replace(ADAM, batch_size=3, epochs=1), seed=seed
+        ).fc1.weight
+
+    before = torch.get_rng_state()
+    first, again, other = trained(1), trained(1), trained(2)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_convolutions_and_batch_norm(precision):
+    samples = few_samples()
+    model = SimpleConvNet()
+    recipe = Recipe("sgd", lr=0.1, batch_size=4, epochs=1)
+    train_vanilla(
+        model, Samples(samples.x[:, :, :8, :8], samples.y, samples.b), recipe, seed=0, precision=precision
+    )
+    assert model.bn1.num_batches_tracked == 3
+    assert all(parameter.dtype == torch.float32 for parameter in model.parameters())
+
+
+def test_frozen_parameters_stay():
+    model = MLP()
+    model.fc1.requires_grad_(False)
+    before = [parameter.detach().clone() for parameter in (model.fc1.weight, model.fc2.weight)]
+    train_vanilla(model, few_samples(), dataclasses.replace(ADAM, epochs=1), seed=0)
+    assert torch.equal(model.fc1.weight, before[0])
+    assert not torch.equal(model.fc2.weight, before[1])
+
+
+def test_a_loss_that_is_not_finite_stops_training():
+    samples = few_samples()
+    samples.x[3, 0, 0, 0] = torch.nan
+    with pytest.raises(FloatingPointError, match="training loss is nan in epoch 1 of 10"):
+        train_vanilla(MLP(), samples, ADAM, seed=0)
+
+
+def test_bad_arguments():
+    samples = few_samples()
+    with pytest.raises(ValueError, match="got 10 and 9"):
+        train_vanilla(MLP(), Samples(samples.x, samples.y[:9], samples.b), ADAM, seed=0)
+    with pytest.raises(ValueError, match="unknown precision 'fp8'"):
+        train_vanilla(MLP(), samples, ADAM, seed=0, precision="fp8")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"optimizer": "lion"}, "unknown optimizer 'lion'"),
+        ({"lr": 0.0}, "lr must be positive"),
+        ({"lr": float("nan")}, "lr must be positive"),
+        ({"batch_size": 0}, "batch_size must be at least 1"),
+        ({"epochs": -1}, "epochs at least 0"),
+        ({"milestones": (40, 60)}, "fractions of all epochs"),
+    ],
+)
+def test_bad_recipes(change, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(ADAM, **change)
+
+
+def test_learning_rate_is_cut_at_the_milestones():
+    recipe = get_workload("biased-mnist").recipe(full=True)
+    rates = [recipe.learning_rate(epoch) for epoch in range(recipe.epochs)]
+    assert rates == pytest.approx([0.1] * 40 + [0.01] * 20 + [0.001] * 20)
+    short = get_workload("biased-mnist").recipe(full=False)
+    rates = [short.learning_rate(epoch) for epoch in range(short.epochs)]
+    assert rates == pytest.approx([0.1] * 15 + [0.01] * 8 + [0.001] * 7)
