@@ -105,7 +105,7 @@ def extract(
     train, val, width = prepare(model, train, val, settings)
     where = torch.device(device) if device is not None else next(model.parameters()).device
     loop = Loop(settings, model, train.to(where), val.to(where), width, where)
-    with make_progress(progress, max_epochs) as shown:
+    with make_progress(progress) as shown:
         state = RunState(run_dir, {**settings.as_dict(), "weights": digest(loop.gates.weight)}, resume)
         loop.run(state, shown)
     return loop.extraction(model)
@@ -144,6 +144,7 @@ class Loop:
 
     def run(self, state: RunState, progress: Progress) -> None:
         """All epochs, from the start or from the checkpoint that the state holds."""
+        progress.stage("extraction", self.settings.max_epochs)
         if not state.restore(self):
             self._start()
         while len(self.history) < self.settings.max_epochs and not self._has_ended():

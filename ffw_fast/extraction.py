@@ -92,7 +92,7 @@ class Extraction:
         settings = read_json(folder / CONFIG).get("settings")
         try:
             checked = Settings(**settings)
-        except TypeError as error:
+        except (TypeError, ValueError) as error:
             raise ValueError(f"{folder / CONFIG} does not hold the settings of an extraction: {error}") from error
         return cls(model, checked, scores, best_scores, read_history(folder / HISTORY), read_json(folder / METRICS))
 
@@ -104,11 +104,16 @@ def masks_of(scores: dict[str, Tensor]) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def apply_masks(model: nn.Module, masks: dict[str, Tensor]) -> nn.Module:
-    """Set the weights of the named layers to zero where their mask is false, in place; returns the model."""
+    """Give the named layers weights that are zero where their mask is false; returns the model.
+
+    A weight that another module holds too, such as an embedding, stays there as it was: masks are of layers.
+    """
     for name, mask in masks.items():
-        weight = model.get_submodule(name).weight
+        layer = model.get_submodule(name)
+        weight = layer.weight
         assert isinstance(weight, Tensor)
-        weight.masked_fill_(~mask.to(weight.device), 0)
+        pruned = weight.masked_fill(~mask.to(weight.device), 0)
+        layer.weight = nn.Parameter(pruned, requires_grad=weight.requires_grad)
     return model
 
 
@@ -158,7 +163,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object. ``FileNotFoundError`` or ``ValueError`` with the path."""
     try:
         content = json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is damaged: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold a JSON object, got {type(content).__name__}")
@@ -180,11 +185,11 @@ def _field(value: Any) -> str:
 
 def read_history(path: Path) -> list[dict[str, Any]]:
     """What ``write_history`` wrote. ``ValueError`` with the path where it is damaged."""
-    with path.open(newline="") as file:
-        rows = list(csv.DictReader(file))
     try:
+        with path.open(newline="") as file:
+            rows = list(csv.DictReader(file))
         return [{column: _value(column, text) for column, text in row.items() if text} for row in rows]
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, AttributeError, csv.Error) as error:  # too long a row has the column None
         raise ValueError(f"{path} is damaged: {error}") from error
 
 

@@ -1,25 +1,30 @@
 """What users hand in, turned into checked tensors in memory, before any work is done."""
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 
 from ffw_fast.data.samples import Samples
 from ffw_fast.gated_network import bottleneck_module
-from ffw_fast.modules import maskable_layers
+from ffw_fast.modules import maskable_layers, masked_layers
 from ffw_fast.settings import Settings
 
 READING_BATCH = 256
 LAYOUTS = "(x, (y, b...)), (x, y, b) or (index, x, y, attributes)"
+PROBES = 16  # samples read twice; one that is flipped at random half of the time gets past all of them once in 65536
+LOOP_DTYPES = (torch.float32, torch.float64)  # of weights and scores; 16 bits are too few for Adam's steps
 
 
 def prepare(model: nn.Module, train: Any, val: Any, settings: Settings) -> tuple[Samples, Samples, int]:
     """Training and validation set as checked tensors, and the number of features at the bottleneck.
+
+    Inputs in a narrower floating-point format than the model's weights are widened to it.
 
     Raises:
         TypeError, ValueError: bad data, or data, model and settings that do not fit each other.
@@ -31,6 +36,8 @@ def prepare(model: nn.Module, train: Any, val: Any, settings: Settings) -> tuple
     shapes = [tuple(samples.x.shape[1:]) for samples in (train_set, val_set)]
     if shapes[0] != shapes[1]:
         raise ValueError(f"samples of train and val differ in shape: {shapes[0]} and {shapes[1]}")
+    dtype = check_layers(model)
+    train_set, val_set = (_widened(part, dtype, name) for part, name in ((train_set, "train"), (val_set, "val")))
     width = check_model(model, settings.bottleneck, (train_set, val_set))
     if any(part.training and isinstance(part, _DropoutNd) for part in model.modules()):
         warnings.warn(
@@ -40,22 +47,28 @@ def prepare(model: nn.Module, train: Any, val: Any, settings: Settings) -> tuple
     return train_set, val_set, width
 
 
-def as_samples(data: Any, name: str, num_bias_classes: int) -> Samples:
+def as_samples(data: Any, name: str, num_bias_classes: int | None) -> Samples:
     """Samples of float inputs x (n, ...), targets y (n,) and biases b (n, heads), checked.
 
     Args:
         data: tensors ``(x, y, b)``, b of shape (n,) or (n, heads), or a Dataset or DataLoader that yields
-            ``(x, (y, b...))``, ``(x, y, b)`` or ``(index, x, y, attributes)``, which is read once.
+            ``(x, (y, b...))``, ``(x, y, b)`` or ``(index, x, y, attributes)``, which is read once. Random augmentation
+            is refused where it can be seen: an IterableDataset is taken as it comes.
         name: "train" or "val", for messages.
-        num_bias_classes: K; every bias label is in [0, K).
+        num_bias_classes: K; every bias label is in [0, K). None: unknown, not checked.
 
     Raises:
         TypeError, ValueError: what was given, what was expected and where.
     """
-    if isinstance(data, tuple | list) and len(data) == 3 and all(isinstance(part, Tensor) for part in data):
+    if isinstance(data, tuple) or (isinstance(data, list) and any(isinstance(part, Tensor) for part in data)):
+        if len(data) != 3 or not all(isinstance(part, Tensor) for part in data):
+            parts = ", ".join(type(part).__name__ for part in data)
+            raise TypeError(f"{name} must be three tensors (x, y, b), got ({parts})")
         x, y, b = data
-    elif isinstance(data, DataLoader) or (hasattr(data, "__getitem__") and hasattr(data, "__len__")):
-        x, y, b = _read(data, name)
+    elif isinstance(data, DataLoader | IterableDataset) or _is_sized_sequence(data):
+        with torch.random.fork_rng(devices=[]):  # a DataLoader draws from the global generator; leave it as it was ...
+            torch.default_generator.manual_seed(0)  # ... and let a shuffled one give the same order in every run
+            x, y, b = _read(data, name)
     else:
         raise TypeError(
             f"{name} must be tensors (x, y, b), a Dataset or a DataLoader that yields {LAYOUTS}, "
@@ -64,35 +77,53 @@ def as_samples(data: Any, name: str, num_bias_classes: int) -> Samples:
     return _checked(x, y, b, name, num_bias_classes)
 
 
+def _is_sized_sequence(data: Any) -> bool:
+    """Whether it can be read as a Dataset, which need not be of that class."""
+    has_both = hasattr(data, "__getitem__") and hasattr(data, "__len__")
+    return has_both and not isinstance(data, Mapping | str | Tensor)
+
+
 def _read(data: Any, name: str) -> tuple[Tensor, Tensor, Tensor]:
-    """All samples of a Dataset or DataLoader, in its order."""
-    if len(data) == 0:
-        raise ValueError(f"{name} is empty")
-    dataset = data.dataset if isinstance(data, DataLoader) else data
-    _refuse_augmentation(dataset, name)
-    loader = data if isinstance(data, DataLoader) else DataLoader(dataset, batch_size=READING_BATCH)
+    """All samples of a Dataset or DataLoader, in the order in which it yields them."""
+    loader = data if isinstance(data, DataLoader) else DataLoader(data, batch_size=READING_BATCH)
+    if loader.drop_last and len(loader.sampler) % loader.batch_size:
+        raise ValueError(f"{name} drops its last samples in an incomplete batch; give its DataLoader drop_last=False")
+    if not isinstance(loader.dataset, IterableDataset):
+        _refuse_augmentation(loader.dataset, name)
     parts = [_parse(item, name) for item in loader]
+    if not parts:
+        raise ValueError(f"{name} is empty")
+    for x, y, b in parts:
+        if y.dim() == 0:
+            raise ValueError(f"{name} yields single samples instead of batches; give its DataLoader a batch_size")
+        for label, given, first in (("x", x, parts[0][0]), ("b", b, parts[0][2])):
+            if given.shape[1:] != first.shape[1:]:
+                shapes = f"{tuple(first.shape[1:])} and {tuple(given.shape[1:])}"
+                raise ValueError(f"{name}: samples differ in the shape of {label}: {shapes}")
     x, y, b = (torch.cat(column) for column in zip(*parts, strict=True))
     return x, y, b
 
 
 def _refuse_augmentation(dataset: Any, name: str) -> None:
-    """Cached features need inputs that stay: read one sample twice."""
-    if not hasattr(dataset, "__getitem__"):
-        return
-    once, again = (_parse(dataset[0], name, batched=False)[0] for _ in range(2))
-    if once.shape != again.shape or not torch.equal(once, again):
-        raise ValueError(
-            f"{name} gives a different input each time its first sample is read: it augments at random. "
-            "Extraction caches the bottleneck's features of fixed inputs; hand in the data without augmentation."
-        )
+    """Cached features need inputs that stay: read some samples twice."""
+    for probe in range(PROBES if len(dataset) else 0):
+        index = probe * len(dataset) // PROBES
+        once, again = (_parse(dataset[index], name, batched=False)[0] for _ in range(2))
+        if not torch.equal(once, again):
+            raise ValueError(
+                f"{name} gives a different input when its sample {index} is read again: it augments at random. "
+                "Extraction caches the bottleneck's features of fixed inputs; hand in the data without augmentation."
+            )
 
 
 def _parse(item: Any, name: str, batched: bool = True) -> tuple[Tensor, Tensor, Tensor]:
     if not isinstance(item, Sequence) or not 2 <= len(item) <= 4:
         raise TypeError(f"{name} must yield {LAYOUTS}, got {type(item).__name__}")
     if len(item) == 2:
-        x, (y, *biases) = item
+        x, labels = item
+        if not isinstance(labels, Sequence):
+            raise ValueError(f"{name} yields (x, y) without a bias label: expected {LAYOUTS}")
+        y, *biases = labels
     elif len(item) == 3:
         x, y, *biases = item
     else:
@@ -105,8 +136,10 @@ def _parse(item: Any, name: str, batched: bool = True) -> tuple[Tensor, Tensor, 
     return torch.as_tensor(x), torch.as_tensor(y), torch.cat(columns, dim=-1)
 
 
-def _checked(x: Tensor, y: Tensor, b: Tensor, name: str, num_bias_classes: int) -> Samples:
-    if len(x) == 0:
+def _checked(x: Tensor, y: Tensor, b: Tensor, name: str, num_bias_classes: int | None) -> Samples:
+    if x.dim() < 2:
+        raise ValueError(f"{name}: x must have shape (n, ...), got {tuple(x.shape)}")
+    if x.numel() == 0:
         raise ValueError(f"{name} is empty: x has shape {tuple(x.shape)}")
     if b.dim() == 1:
         b = b.unsqueeze(1)
@@ -123,45 +156,112 @@ def _checked(x: Tensor, y: Tensor, b: Tensor, name: str, num_bias_classes: int) 
             raise TypeError(f"{name}: {label} must hold integers, got {values.dtype}")
         if values.min() < 0:
             raise ValueError(f"{name}: {label} holds negative labels, the lowest is {values.min().item()}")
-    if b.max() >= num_bias_classes:
+    if num_bias_classes is not None and b.max() >= num_bias_classes:
         raise ValueError(f"{name}: b holds label {b.max().item()}, but num_bias_classes is {num_bias_classes}")
     if not x.isfinite().all():
         where = (~x.flatten(1).isfinite().all(dim=1)).nonzero()[0].item()
         raise ValueError(f"{name}: x holds NaN or inf, first in sample {where}")
-    return Samples(x, y.long(), b.long())
+    return Samples(x.detach(), y.long(), b.long())
+
+
+def _widened(samples: Samples, dtype: torch.dtype, name: str) -> Samples:
+    """The samples with x in the model's dtype, if no digit is lost."""
+    given = samples.x.dtype
+    if torch.promote_types(given, dtype) != dtype:
+        raise TypeError(f"{name}: x is {given} and the model's weights are {dtype}; convert one of them first")
+    return samples._replace(x=samples.x.to(dtype))
+
+
+def check_layers(model: nn.Module) -> torch.dtype:
+    """The dtype of the weights that will be gated.
+
+    Raises:
+        ValueError, TypeError: nothing to mask, layers that cannot be masked or are masked already, weights that are not
+            all float32 or all float64, batch norm without running statistics.
+    """
+    if isinstance(model, nn.Module) and (masked := masked_layers(model)):
+        raise ValueError(f"layers {', '.join(map(repr, masked))} are masked already; hand in the dense model")
+    layers = maskable_layers(model)
+    dtypes = {name: layer.weight.dtype for name, layer in layers.items()}
+    first, dtype = next(iter(dtypes.items()))
+    for name, other in dtypes.items():
+        if other not in LOOP_DTYPES:
+            raise TypeError(
+                f"the weight of layer {name!r} is {other}, but scores are learned in float32 or float64: convert the "
+                "model first, and use precision='bf16' for a forward and backward pass in 16 bits"
+            )
+        if other != dtype:
+            raise TypeError(f"the weights of layers {first!r} and {name!r} differ in dtype: {dtype} and {other}")
+    for name, part in model.named_modules():
+        if isinstance(part, _BatchNorm) and part.running_mean is None:
+            raise ValueError(
+                f"batch norm {name!r} keeps no running statistics, so that a sample's features depend on the batch "
+                "that it is in; extraction needs features of each sample for itself"
+            )
+    return dtype
 
 
 def check_model(model: nn.Module, bottleneck: str, samples: Sequence[Samples]) -> int:
-    """Run one sample through the model as the loop will; returns the number of features at the bottleneck.
+    """Run two samples through the model as the loop will; returns the number of features at the bottleneck.
 
     Raises:
-        ValueError, TypeError: nothing to mask, unknown or unreached bottleneck, an output that is no tensor, logits of
-            the wrong shape, target labels outside of the logits' classes.
+        ValueError, TypeError: unknown or unreached bottleneck, a model that fails on the samples or is not the same
+            function each time, outputs that are not as expected, target labels outside of the logits' classes.
     """
-    device = next(iter(maskable_layers(model).values())).weight.device
-    module = bottleneck_module(model, bottleneck)
-    seen: list[Any] = []
-    handle = module.register_forward_hook(lambda _module, _inputs, output: seen.append(output))
+    x = samples[0].x[:2].to(next(iter(maskable_layers(model).values())).weight.device)
+    seen: list[tuple[Any, int]] = []
+    handle = bottleneck_module(model, bottleneck).register_forward_hook(
+        lambda _module, _inputs, output: seen.append((output, _version(output)))
+    )
     modes = {part: part.training for part in model.modules()}
     try:
-        with torch.no_grad():
-            logits = model.eval()(samples[0].x[:2].to(device))
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            logits, again = (model.eval()(x.clone()) for _ in range(2))
+    except Exception as error:  # whatever the model's own code raises
+        raise ValueError(f"the model fails on samples x of shape {tuple(x.shape)}: {error}") from error
     finally:
         handle.remove()
         for part, training in modes.items():
             part.training = training
-    if len(seen) != 1:
-        times = "never reached" if not seen else f"reached {len(seen)} times"
+    if len(seen) != 2:
+        times = "never reached" if not seen else f"reached {len(seen) // 2} times"
         raise ValueError(f"bottleneck {bottleneck!r} is {times} in a forward pass; it must be reached exactly once")
-    if not isinstance(seen[0], Tensor) or seen[0].dim() < 2:
-        raise TypeError(f"bottleneck {bottleneck!r} must give a tensor (n, ...), got {_describe(seen[0])}")
-    if not isinstance(logits, Tensor) or logits.dim() != 2:
-        raise TypeError(f"the model must give logits (n, classes), got {_describe(logits)}")
+    (features, version), (features_again, _) = seen
+    if not _is_float_rows(features, len(x)) or features.dim() < 2 or features.numel() == 0:
+        raise TypeError(
+            f"bottleneck {bottleneck!r} must give a floating-point tensor ({len(x)}, ...) for {len(x)} samples, "
+            f"got {_describe(features)}"
+        )
+    if _version(features) != version:
+        raise ValueError(
+            f"the output of bottleneck {bottleneck!r} is overwritten by a later layer that works in place: name that "
+            "layer as the bottleneck instead, or set its inplace=False"
+        )
+    if not _is_float_rows(logits, len(x)) or logits.dim() != 2:
+        raise TypeError(f"the model must give logits ({len(x)}, classes) for {len(x)} samples, got {_describe(logits)}")
+    if not (features.isfinite().all() and logits.isfinite().all()):
+        raise ValueError(f"the model gives NaN or inf at bottleneck {bottleneck!r} or as logits")
+    if not (_close(features, features_again) and _close(logits, again)):
+        raise ValueError("the model gives other outputs for the same samples in eval mode: its forward pass is random")
     highest = max(int(part.y.max()) for part in samples)
     if highest >= logits.shape[1]:
         raise ValueError(f"y holds label {highest}, but the model has {logits.shape[1]} classes")
-    return seen[0].flatten(1).shape[1]
+    return features.flatten(1).shape[1]
+
+
+def _close(once: Tensor, again: Tensor) -> bool:
+    """Equal but for the order of summation, which may vary on a GPU."""
+    return torch.allclose(once, again, rtol=1e-3, atol=1e-3 * float(once.abs().max()))
+
+
+def _version(value: Any) -> int:
+    """How often a tensor was changed in place."""
+    return value._version if isinstance(value, Tensor) else 0
+
+
+def _is_float_rows(value: Any, count: int) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point() and value.dim() > 0 and len(value) == count
 
 
 def _describe(value: Any) -> str:
-    return f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+    return f"{value.dtype} of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__

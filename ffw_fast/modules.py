@@ -8,6 +8,7 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from ffw_fast import philox
@@ -15,6 +16,9 @@ from ffw_fast.autograd import GateWeight
 from ffw_fast.gates import gate_kind
 
 FLAT_ALIGNMENT = 16  # elements; each layer's gates start at such a multiple in the network's flat list of gates
+GATED_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+FLOAT32 = torch.finfo(torch.float32)
+GRANULARITIES = ("weight",)
 LayerFilter = Callable[[str], bool] | Iterable[str] | str | None
 
 
@@ -29,7 +33,8 @@ class MaskedLayer(nn.Module):
         gate: name of the gate kind, one of ``ffw_fast.GATES``.
         temperature: float32 scalar buffer; set it with ``ffw_fast.set_temperature``.
         draw: int64 buffer that keys the uniform numbers of random gates (``ffw_fast.philox``). In training mode every
-            forward pass draws a new mask, in eval mode the last one stays until ``ffw_fast.draw_gates``.
+            forward pass draws a new mask, in eval mode the last one stays until ``ffw_fast.draw_gates``. Under
+            ``torch.func`` transforms, which forbid that a forward pass changes a buffer, use eval mode.
     """
 
     weight: nn.Parameter
@@ -44,6 +49,7 @@ class MaskedLayer(nn.Module):
         """Freeze the layer's parameters and give it scores, a temperature and a draw."""
         self.kind = gate_kind(gate)
         self.gate = gate
+        _check_weight(self.weight, type(self).__name__)
         for parameter in self.parameters(recurse=False):
             parameter.requires_grad_(False)
         self.scores = nn.Parameter(torch.zeros_like(self.weight))
@@ -52,7 +58,7 @@ class MaskedLayer(nn.Module):
         self.register_buffer("draw", philox.make_draw(device=device))
 
     def gated_weight(self) -> Tensor:
-        """``weight * gate(scores)``, of the weight's shape and dtype; its gradient reaches the scores straight through."""
+        """``weight * gate(scores)``, of the weight's shape and dtype; its gradient reaches the scores."""
         draw = self.draw
         if self.kind.is_random:
             if self.training:
@@ -60,17 +66,32 @@ class MaskedLayer(nn.Module):
             draw = draw.clone()  # the backward pass needs this pass's draw, whatever is drawn before it
         return GateWeight.apply(self.weight, self.scores, self.temperature, draw, int(self.kind))
 
+    def reset_parameters(self) -> None:
+        """Initialise weight and bias as the dense layer does; scores 0, temperature 1, no mask drawn yet."""
+        super().reset_parameters()  # type: ignore[misc]
+        if "scores" in self._parameters:  # not while the dense layer is being built
+            with torch.no_grad():
+                self.scores.zero_()
+            self.temperature.fill_(1)
+            self.draw.zero_()
+
     def mask(self) -> Tensor:
         """Boolean tensor of the weight's shape: which weights pruning keeps, ``scores >= 0``."""
         return self.scores.detach() >= 0
 
     @classmethod
     def from_dense(cls, layer: nn.Module, gate: str = "ffw") -> Self:
-        """A masked layer over the dense layer's own weight and bias (shared, not copied), scores 0."""
+        """A masked layer over the dense layer's own weight and bias (shared, not copied), scores 0.
+
+        Raises:
+            TypeError: a layer of another class, or a weight that is not real floating point.
+            ValueError: unknown gate, or a weight that the layer computes (parametrized) rather than holds.
+        """
         if type(layer) is not cls.dense_class:
             raise TypeError(f"{cls.__name__}.from_dense needs a {cls.dense_class.__name__}, got {type(layer).__name__}")
+        _check_dense(layer, f"the {cls.dense_class.__name__}")
         masked = _recast(layer, cls)
-        for name, parameter in layer.named_parameters():
+        for name, parameter in layer.named_parameters(recurse=False):
             setattr(masked, name, nn.Parameter(parameter.detach(), requires_grad=False))
         masked.add_gate(gate)
         return masked
@@ -100,6 +121,7 @@ def _recast(layer: nn.Module, cls: type[Any]) -> Any:
     """The layer as another class: the same settings, hooks, parameters and buffers, in containers of its own."""
     twin = cls.__new__(cls)
     own = {name: copy.copy(value) if isinstance(value, dict | set) else value for name, value in vars(layer).items()}
+    own.pop("_compiled_call_impl", None)  # what layer.compile() compiled is the other class's forward
     vars(twin).update(own)
     return twin
 
@@ -167,42 +189,82 @@ def maskable_layers(model: nn.Module, include: LayerFilter = None) -> dict[str, 
         include: a predicate on names, or one or several shell-style patterns (``"layer4.*"``). Default: all.
 
     Raises:
-        ValueError: no layer is left, two layers share one weight, or a weight is computed (parametrized) rather than
-            held, so that it could not be frozen.
+        TypeError: the model is no module, or a weight is not real floating point (complex, quantised).
+        ValueError: no layer is left, a pattern matches none, two layers share one weight, a lazy module is not yet
+            initialised, or a layer is not what it seems, so that it could not be frozen: its weight is computed
+            (parametrized), or its ``forward`` was replaced.
     """
-    if isinstance(include, str):
-        include = (include,)
-    chosen = include if callable(include) or include is None else _matcher(tuple(include))
-    layers: dict[str, nn.Module] = {}
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"the model must be a torch.nn.Module, got {type(model).__name__}")
+    _check_initialised(model)
+    found = dict(_dense_layers(model))
+    chosen = found.keys() if include is None else _chosen(list(found), include)
+    layers = {name: layer for name, layer in found.items() if name in chosen}
+    if not layers:
+        which = _why_none(model, found)
+        raise ValueError(f"nothing to mask: {type(model).__name__} has no Conv or Linear layer{which}")
     owners: dict[Tensor, str] = {}
-    for name, layer in _dense_layers(model):
-        if chosen is not None and not chosen(name):
-            continue
-        weight = layer._parameters.get("weight")
-        if parametrize.is_parametrized(layer, "weight") or weight is None:
-            raise ValueError(f"the weight of layer {name!r} is computed by a parametrization; remove that first")
+    for name, layer in layers.items():
+        _check_dense(layer, f"layer {name!r}")
+        weight = layer.weight
         if weight in owners:
             raise ValueError(f"layers {owners[weight]!r} and {name!r} share one weight: leave one out with `include`")
         owners[weight] = name
-        layers[name] = layer
-    if not layers:
-        which = "" if include is None else " of the given names"
-        raise ValueError(f"nothing to mask: {type(model).__name__} has no Conv or Linear layer{which}")
     return layers
 
 
-def _matcher(patterns: tuple[str, ...]) -> Callable[[str], bool]:
-    return lambda name: any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+def _chosen(names: list[str], include: LayerFilter) -> set[str]:
+    """The names that a predicate or shell-style patterns choose; every pattern must match at least one."""
+    if callable(include):
+        return set(filter(include, names))
+    patterns = (include,) if isinstance(include, str) else include
+    if not isinstance(patterns, Iterable):
+        raise TypeError(f"include must be a predicate or patterns of names, got {type(include).__name__}")
+    chosen: set[str] = set()
+    for pattern in patterns:
+        if not (matches := fnmatch.filter(names, pattern)):
+            raise ValueError(f"include: {pattern!r} matches none of the Conv and Linear layers: {', '.join(names)}")
+        chosen.update(matches)
+    return chosen
+
+
+def _why_none(model: nn.Module, found: dict[str, nn.Module]) -> str:
+    if found:
+        return " of the given names"
+    return " that is not masked already" if masked_layers(model) else ""
 
 
 def _dense_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """The dense layers whose own ``forward`` is what uses their weight: exact classes, no subclass.
 
-    ``nn.MultiheadAttention`` reads its projection's weight past that module's ``forward``; its class is a subclass.
+    ``nn.MultiheadAttention`` reads its projection's weight past that module's ``forward``; its class is a subclass. A
+    parametrized layer, whose class PyTorch replaces by a subclass, is listed, to be refused.
     """
     for name, layer in model.named_modules():
-        if type(layer) in MASKED_CLASSES:
+        if parametrize.type_before_parametrizations(layer) in MASKED_CLASSES:
             yield name, layer
+
+
+def _check_initialised(model: nn.Module) -> None:
+    for tensors in (model.named_parameters(), model.named_buffers()):
+        for name, tensor in tensors:
+            if is_lazy(tensor):
+                raise ValueError(f"{name!r} is not initialised yet: run a batch through the lazy module first")
+
+
+def _check_dense(layer: nn.Module, title: str) -> None:
+    """Refuse a layer that would not use the masked weight, or use it in a way of its own."""
+    if parametrize.is_parametrized(layer) or layer._parameters.get("weight") is None:
+        raise ValueError(f"the weight or bias of {title} is computed by a parametrization; remove that first")
+    if "forward" in vars(layer):
+        raise ValueError(f"the forward method of {title} was replaced, so its weight cannot be gated; restore it first")
+    _check_weight(layer.weight, title)
+
+
+def _check_weight(weight: Tensor | nn.Module, title: str) -> None:
+    if weight.dtype not in GATED_DTYPES:
+        known = ", ".join(str(dtype).removeprefix("torch.") for dtype in GATED_DTYPES)
+        raise TypeError(f"the weight of {title} is {weight.dtype}; only {known} weights can be gated")
 
 
 def flat_offsets(sizes: Iterable[int]) -> list[int]:
@@ -218,37 +280,61 @@ def mask_model(
 ) -> nn.Module:
     """Put masked layers in place of a model's Conv and Linear layers and freeze all else in it.
 
+    Masked are ``nn.Conv1d``, ``nn.Conv2d``, ``nn.Conv3d`` and ``nn.Linear`` themselves, not their subclasses (such as
+    the output projection of ``nn.MultiheadAttention``, which is not read through its ``forward``). A layer that stands
+    in the model under several names becomes one masked layer under all of them. Layers that are masked already stay as
+    they are, so that several calls with different ``include`` can give layers different gates. Where an error is
+    raised, the model is as it was.
+
     Args:
         model: any module; it is changed in place. ``ffw_fast.masked_layers(model)`` lists what was masked.
         gate: "ffw", "hard", "bernoulli" or "concrete".
         granularity: "weight", one gate per weight.
         include: which layers, by a predicate on names or shell-style patterns. Default: all, the classifier included.
-        seed: of random gates.
+        seed: of random gates, 0 to 2**63 - 1.
 
     Returns:
         The model; a new masked layer where the model is itself a single dense layer.
 
     Raises:
-        ValueError: unknown gate or granularity, nothing to mask, layers that share a weight.
+        TypeError, ValueError: unknown gate or granularity, nothing to mask, or a layer that cannot be masked.
     """
     gate_kind(gate)
     check_granularity(granularity)
+    check_seed(seed)
     layers = maskable_layers(model, include)
-    model.requires_grad_(False)
-    offsets = flat_offsets(layer.weight.numel() for layer in layers.values())
+    scores = [layer.scores for layer in masked_layers(model).values()]
+    offsets = flat_offsets(weight.numel() for weight in (*scores, *(layer.weight for layer in layers.values())))
     replacements = {}
-    for layer, offset in zip(layers.values(), offsets, strict=False):
+    for layer, offset in zip(layers.values(), offsets[len(scores) :], strict=False):
         masked = MASKED_CLASSES[type(layer)].from_dense(layer, gate)
         masked.draw.copy_(philox.make_draw(seed, 0, offset))
         replacements[layer] = masked
+    kept = set(scores)
+    for parameter in model.parameters():
+        if parameter not in kept:
+            parameter.requires_grad_(False)
     for parent in list(model.modules()):
         for name, child in parent._modules.items():
             if child in replacements:
                 parent._modules[name] = replacements[child]
+    _leave_fast_paths(model)
     return replacements.get(model, model)
 
 
-GRANULARITIES = ("weight",)
+def _leave_fast_paths(model: nn.Module) -> None:
+    """Keep PyTorch's transformer layers from their fused path in eval mode, which reads weights past the gates."""
+    for part in model.modules():
+        if isinstance(part, nn.TransformerEncoderLayer) and masked_layers(part):
+            part.activation_relu_or_gelu = 0  # known to none but the fused path, which 0 rules out
+        elif isinstance(part, nn.TransformerEncoder) and masked_layers(part):
+            part.use_nested_tensor = False
+
+
+def check_seed(seed: int) -> None:
+    """``ValueError`` for what is no seed: random gates keep it in 64 bits."""
+    if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**63:
+        raise ValueError(f"seed must be a whole number from 0 to 2**63 - 1, got {seed!r}")
 
 
 def check_granularity(granularity: str) -> None:
@@ -273,11 +359,11 @@ def set_temperature(module: nn.Module, temperature: float) -> None:
     """Set the temperature of every masked layer in the module, or of the layer itself.
 
     Raises:
-        ValueError: the temperature is not a positive finite number, or nothing is masked.
+        ValueError: the temperature is not a positive number that float32 holds in full precision, or nothing is masked.
     """
     temperature = float(temperature)
-    if not 0 < temperature < math.inf:
-        raise ValueError(f"the temperature must be positive and finite, got {temperature}")
+    if not FLOAT32.tiny <= temperature <= FLOAT32.max:
+        raise ValueError(f"the temperature must be from {FLOAT32.tiny:.3g} to {FLOAT32.max:.3g}, got {temperature}")
     for layer in _masked_layers_of(module, "set_temperature"):
         layer.temperature.fill_(temperature)
 

@@ -58,7 +58,7 @@ def extract(
     train, val, width = prepare(model, train, val, checked)
     where = torch.device(device) if device is not None else next(model.parameters()).device
     run = Reference(checked, model, train.to(where), val.to(where), width, where, quirks)
-    with make_progress(progress, checked.max_epochs) as shown:
+    with make_progress(progress) as shown:
         extraction = run.run(shown)
     if run_dir is not None:
         extraction.save(run_dir)
@@ -66,7 +66,7 @@ def extract(
 
 
 class StraightThroughGate(torch.autograd.Function):
-    """The gate of every score; backward as if it were the sigmoid behind it (design table in ``ffw_fast.gates``)."""
+    """The gate of every score; backward as if it were the sigmoid behind it (the table in ``ffw_fast.gates``)."""
 
     @staticmethod
     def forward(ctx, scores: Tensor, kind: GateKind, temperature: Tensor, uniform: Tensor | None) -> Tensor:
@@ -102,6 +102,10 @@ class Reference:
         self.temperature = torch.ones((), device=device)
         self.draws = 0
         self.heads = self.make_heads(train.b.shape[1], width, device)
+        self.scores_optimizer = torch.optim.Adam(
+            list(self.scores.values()), optim.LR, optim.BETAS, optim.EPS, optim.WEIGHT_DECAY
+        )
+        self.heads_optimizer = make_heads_optimizer(self.heads)
         self.head_epochs = 0
         self.autocast = torch.autocast(
             device.type, PRECISIONS[settings.precision], enabled=settings.precision != "fp32"
@@ -110,7 +114,7 @@ class Reference:
     def make_heads(self, count: int, width: int, device: torch.device) -> nn.ModuleList:
         classes = self.settings.num_bias_classes
         weights, biases = private_heads.initial_parameters(count, classes, width, self.settings.seed)
-        heads = nn.ModuleList(nn.Linear(width, classes) for _ in range(count))
+        heads = nn.ModuleList(nn.utils.skip_init(nn.Linear, width, classes) for _ in range(count))
         for head, weight, bias in zip(heads, weights, biases, strict=True):
             head.load_state_dict({"weight": weight, "bias": bias})
         return heads.to(device)
@@ -122,11 +126,6 @@ class Reference:
         settings = self.settings
         started = time.perf_counter()
         schedule = make_schedule(settings.schedule, settings.anneal_rate, optim.LR)
-        self.scores_optimizer = torch.optim.Adam(
-            list(self.scores.values()), optim.LR, optim.BETAS, optim.EPS, optim.WEIGHT_DECAY
-        )
-        self.heads_optimizer = make_heads_optimizer(self.heads)
-
         self.fit_heads(self.heads, self.heads_optimizer)
         vanilla_heads, vanilla_epochs = copy.deepcopy(self.heads), self.head_epochs
         metrics: dict[str, Any] = {"vanilla": self.measure(self.heads).as_dict()}
@@ -150,6 +149,7 @@ class Reference:
             metrics.update(pruned=judged.as_dict(), best=best.as_dict())
             return judged
 
+        progress.stage("reference extraction", settings.max_epochs)
         while len(history) < settings.max_epochs and not schedule.has_ended(self.temperature.item()):
             epoch_started = time.perf_counter()
             row: dict[str, Any] = {"epoch": len(history) + 1, "temperature": self.temperature.item()}
@@ -254,20 +254,26 @@ class Reference:
         """Fit heads to a plateau: one forward pass of the network per head epoch. Epochs it took."""
         plateau = Plateau(private_heads.PLATEAU_THRESHOLD, private_heads.PLATEAU_PATIENCE)
         for epoch in range(private_heads.MAX_EPOCHS):
-            rows = epoch_order(len(self.train.y), self.settings.seed, private_heads.HEAD_EPOCHS, self.head_epochs)
-            self.head_epochs += 1
-            total = 0.0
-            for batch in rows.to(self.train.y.device).split(self.settings.batch_size):
-                with torch.no_grad():
-                    features, _logits = self.forward(self.train.x[batch], masks)
-                optimizer.zero_grad()
-                loss = heads_loss(heads, features, self.train.b[batch])
-                loss.backward()
-                optimizer.step()
-                total += loss.item() * len(batch)
-            if plateau.reached(total / len(rows) / len(heads)):
+            if plateau.reached(self.head_epoch(heads, optimizer, masks)):
                 break
         return epoch + 1
+
+    def head_epoch(
+        self, heads: nn.ModuleList, optimizer: torch.optim.SGD, masks: dict[str, Tensor] | None = None
+    ) -> float:
+        """One pass over the training set, through the whole network; the mean loss of a head."""
+        rows = epoch_order(len(self.train.y), self.settings.seed, private_heads.HEAD_EPOCHS, self.head_epochs)
+        self.head_epochs += 1
+        total = 0.0
+        for batch in rows.to(self.train.y.device).split(self.settings.batch_size):
+            with torch.no_grad():
+                features, _logits = self.forward(self.train.x[batch], masks)
+            optimizer.zero_grad()
+            loss = heads_loss(heads, features, self.train.b[batch])
+            loss.backward()
+            optimizer.step()
+            total += loss.item() * len(batch)
+        return total / len(rows) / len(heads)
 
     @torch.no_grad()
     def evaluate(

@@ -1,4 +1,4 @@
-"""Checkpoints of a run: one file an epoch, written whole or not at all."""
+"""Checkpoints of a run: one file an epoch, written whole or not at all, and checked whole before any of it is used."""
 
 import hashlib
 import json
@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 CHECKPOINT = "checkpoint.safetensors"
 FORMAT = 1
+MAY_DIFFER = ("max_epochs",)  # nothing before the last epoch depends on it, so a run may be extended
 
 
 class Resumable(Protocol):
@@ -55,16 +56,29 @@ class RunState:
         """
         if not self._resume or self._path is None or not self._path.exists():
             return False
+        tensors, record, identity = self._read(self._path)
+        self._check(identity)
         try:
-            with safe_open(self._path, framework="pt") as file:
-                record = json.loads((file.metadata() or {})["record"])
-                identity = json.loads((file.metadata() or {})["identity"])
-                self._check(identity)
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except (SafetensorError, KeyError, json.JSONDecodeError) as error:
-            raise ValueError(f"{self._path} is no checkpoint of this package, or is damaged: {error}") from error
-        run.load_state(tensors, record)
+            run.load_state(tensors, record)
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(f"{self._path} does not fit this run: {error}") from error
         return True
+
+    @staticmethod
+    def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, Any]]:
+        """Tensors, record and identity of a checkpoint whose checksum holds."""
+        try:
+            with safe_open(path, framework="pt") as file:
+                texts = file.metadata()
+                checksum = texts.pop("checksum")
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            if checksum != _checksum(tensors, texts):
+                raise ValueError("its checksum is another one")
+            return tensors, json.loads(texts["record"]), json.loads(texts["identity"])
+        except OSError:
+            raise
+        except Exception as error:  # a file may hold anything, and safetensors raises many classes
+            raise ValueError(f"{path} is no checkpoint of this package, or is damaged: {error}") from error
 
     def save(self, run: Resumable) -> None:
         """Write the run's state: to a temporary file first, so that a kill leaves the old one whole."""
@@ -72,11 +86,9 @@ class RunState:
             return
         tensors, record = run.state()
         temporary = self._path.with_suffix(".tmp")
-        save_file(
-            {name: tensor.detach().contiguous() for name, tensor in tensors.items()},
-            temporary,
-            {"record": json.dumps(record), "identity": json.dumps(self._identity)},
-        )
+        tensors = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+        texts = {"record": json.dumps(record), "identity": json.dumps(self._identity)}
+        save_file(tensors, temporary, {**texts, "checksum": _checksum(tensors, texts)})
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
         temporary.replace(self._path)
@@ -86,13 +98,23 @@ class RunState:
         differences = [
             f"{name} was {found.get(name)!r} and is now {self._identity.get(name)!r}"
             for name in names
-            if found.get(name) != self._identity.get(name)
+            if name not in MAY_DIFFER and found.get(name) != self._identity.get(name)
         ]
         if differences:
             raise ValueError(f"{self._path} belongs to another run: {'; '.join(differences)}")
 
 
-def digest(tensor: Tensor) -> str:
-    """A short fingerprint of a tensor's bits."""
-    flat = tensor.detach().cpu().contiguous().view(torch.uint8).numpy()
-    return hashlib.blake2b(flat.tobytes(), digest_size=8).hexdigest()
+def digest(*tensors: Tensor) -> str:
+    """A short fingerprint of tensors: their dtypes, shapes and bits."""
+    fingerprint = hashlib.blake2b(digest_size=8)
+    for tensor in tensors:
+        fingerprint.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+        fingerprint.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return fingerprint.hexdigest()
+
+
+def _checksum(tensors: dict[str, Tensor], texts: dict[str, str]) -> str:
+    """Of all that a checkpoint holds, names included."""
+    names = sorted(tensors)
+    contents = digest(*(tensors[name] for name in names))
+    return hashlib.blake2b(json.dumps([names, contents, texts], sort_keys=True).encode(), digest_size=8).hexdigest()

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from ffw_fast.gates import GateKind, gate_kind
-from ffw_fast.modules import check_granularity
+from ffw_fast.modules import check_granularity, check_seed
 from ffw_fast.schedule import SCHEDULES
 
 METHODS = ("ffw",)
@@ -43,8 +43,9 @@ class Settings:
         for name in ("gamma", "alpha"):
             _check_number(name, getattr(self, name), positive=False)
         _check_number("anneal_rate", self.anneal_rate, positive=True)
-        for name, least in (("num_bias_classes", 2), ("max_epochs", 1), ("batch_size", 1), ("seed", 0)):
+        for name, least in (("num_bias_classes", 2), ("max_epochs", 1), ("batch_size", 1)):
             _check_integer(name, getattr(self, name), least)
+        check_seed(self.seed)
         if self.schedule not in SCHEDULES:
             raise ValueError(f"unknown schedule {self.schedule!r}; known schedules: {', '.join(SCHEDULES)}")
         if self.schedule == "adaptive" and self.kind is GateKind.HARD:

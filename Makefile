@@ -1,0 +1,33 @@
+# Everything in an environment of its own, .venv. Needs Python 3.11+ with its venv module, and a C++ compiler.
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+BIN := .venv/bin
+BUILD_INPUTS := setup.py pyproject.toml MANIFEST.in $(shell find csrc -type f)
+
+.PHONY: venv demo test clean
+
+venv: .venv/installed
+
+demo: venv
+	$(BIN)/ffw-fast run multi-color-mnist --out runs/demo
+
+test: venv
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest
+
+clean:
+	rm -rf .venv build dist runs *.egg-info ffw_fast/*.so
+	rm -rf .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks
+
+$(BIN)/python:
+	$(PYTHON) -m venv .venv
+
+# The stamp is newer than all that the compiled kernels and the dependencies are made from.
+.venv/installed: $(BIN)/python $(BUILD_INPUTS)
+	$(BIN)/python -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec("torch") is None)' \
+		|| $(BIN)/pip install '$(TORCH)'
+	$(BIN)/pip install 'setuptools>=77'
+	$(BIN)/pip install --no-build-isolation -e '.[test,digits]'
+	touch $@

@@ -1,0 +1,1 @@
+"""Benchmarks, installed as ``ffw_fast.benchmarks``: ``ffw-fast bench`` runs them."""

@@ -1,0 +1,95 @@
+"""What the machine can do, measured in the same run as everything that is held against it, and what it is."""
+
+import platform
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from statistics import median
+from typing import Any
+
+import torch
+
+MATRIX = 1536
+COPY_BYTES = 256 * 2**20
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Rates of this machine: FLOP/s of matrix products by dtype, and bytes/s read plus written of a copy."""
+
+    fp32: float
+    bf16: float
+    copy: float
+
+    def matrix(self, precision: str) -> float:
+        return self.bf16 if precision == "bf16" else self.fp32
+
+
+def seconds(run: Callable[[], Any], repeats: int, warmup: int = 1) -> float:
+    """Median time of a call."""
+    return median(times(run, repeats, warmup))
+
+
+def times(run: Callable[[], Any], repeats: int, warmup: int = 1) -> list[float]:
+    """Times of calls, after some that are not counted."""
+    for _ in range(warmup):
+        run()
+    result = []
+    for _ in range(repeats):
+        started = time.perf_counter()
+        run()
+        result.append(time.perf_counter() - started)
+    return result
+
+
+def measure_rates(repeats: int = 7) -> Rates:
+    """The best of several runs: a floor is what the machine can do, not what it did while it was disturbed."""
+    work = 2 * MATRIX**3
+    return Rates(
+        fp32=work / min(min(times(product, repeats)) for product in _products(torch.float32)),
+        bf16=work / min(min(times(product, repeats)) for product in _products(torch.bfloat16)),
+        copy=_copy_rate(repeats),
+    )
+
+
+def _products(dtype: torch.dtype) -> list[Callable[[], Any]]:
+    """The same matrix product by each library that PyTorch has for it."""
+    a, b = (torch.randn(MATRIX, MATRIX).to(dtype) for _ in range(2))
+    found: list[Callable[[], Any]] = [lambda: a @ b]
+    if torch.backends.mkldnn.is_available():
+        found.append(lambda: torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], ""))
+    return found
+
+
+def _copy_rate(repeats: int) -> float:
+    source = torch.randn(COPY_BYTES // 4)
+    target = torch.empty_like(source)
+    return 2 * COPY_BYTES / min(times(lambda: target.copy_(source), repeats))
+
+
+def describe() -> dict[str, Any]:
+    """The machine, the libraries and the instruction sets in use: part of every record."""
+    return {
+        "processor": _processor(),
+        "instruction_set": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "system": platform.platform(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+    }
+
+
+def _processor() -> str:
+    try:
+        with open("/proc/cpuinfo") as file:
+            fields = dict(line.split(":", 1) for line in file if ":" in line)
+        stripped = {key.strip(): value.strip() for key, value in fields.items()}
+        return f"{stripped['model name']} (family {stripped['cpu family']}, model {stripped['model']})"
+    except (OSError, KeyError):
+        return platform.processor()
+
+
+def record(rates: Rates) -> dict[str, Any]:
+    """``describe`` and the measured rates."""
+    return {**describe(), "rates": asdict(rates)}

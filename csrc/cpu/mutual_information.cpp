@@ -1,0 +1,216 @@
+// mutual_information of bias labels and the private heads' predictions, and its gradient by the logits.
+#include <algorithm>
+#include <cmath>
+#include <tuple>
+#include <vector>
+
+#include "tensors.h"
+
+namespace ffw::cpu {
+namespace {
+
+constexpr double joint_floor = 1e-15;  // ops.JOINT_FLOOR
+constexpr int64_t chunk_rows = 2048;   // samples a partial joint, and a task of the backward
+constexpr int64_t largest_chunks = 16;
+
+// Samples n, heads and classes of logits [n, heads, classes], labels [n, heads].
+struct Shape {
+  int64_t n, heads, classes;
+};
+
+Shape checked_shape(const Tensor& logits, const Tensor& labels) {
+  check_value(logits.dim() == 3 && labels.dim() == 2 && labels.size(0) == logits.size(0) &&
+                  labels.size(1) == logits.size(1),
+              "expected logits (n, heads, K) and labels (n, heads), got ", shape_text(logits), ", ",
+              shape_text(labels));
+  check_type(is_floating(logits.scalar_type()) && labels.scalar_type() == ScalarType::Long,
+             "expected floating-point logits and int64 labels, got ", dtype_text(logits.scalar_type()), ", ",
+             dtype_text(labels.scalar_type()));
+  const Shape shape = {logits.size(0), logits.size(1), logits.size(2)};
+  check_value(logits.numel() > 0, "mutual information needs at least one sample, head and class, got logits ",
+              shape_text(logits));
+  return shape;
+}
+
+void check_labels(const int64_t* labels, const Shape& shape) {
+  for (int64_t i = 0; i < shape.n * shape.heads; ++i) {
+    check_value(labels[i] >= 0 && labels[i] < shape.classes, "labels must be in [0, ", shape.classes, "), got ",
+                labels[i]);
+  }
+}
+
+Tensor working(const Tensor& logits) {
+  return made_contiguous(is_half(logits.scalar_type()) ? torch::stable::to(logits, ScalarType::Float) : logits);
+}
+
+// Adds the predictions of the rows begin .. end to their labels' rows of every head's joint [heads, classes, classes].
+template <typename T>
+void add_to_joint(const T* logits, const int64_t* labels, const Shape& shape, int64_t begin, int64_t end,
+                  double* joint) {
+  const int64_t row_size = shape.heads * shape.classes;
+  const int64_t rows_a_call = std::max<int64_t>(1, block_size / row_size);  // so that the softmax fills its vectors
+  std::vector<T> probabilities(rows_a_call * row_size);
+  for (int64_t start = begin; start < end; start += rows_a_call) {
+    const int64_t rows = std::min(rows_a_call, end - start);
+    loops<T>().softmax(logits + start * row_size, rows * shape.heads, shape.classes, probabilities.data());
+    for (int64_t i = 0; i < rows * shape.heads; ++i) {
+      const int64_t row = (i % shape.heads) * shape.classes + labels[start * shape.heads + i];
+      const T* p = probabilities.data() + i * shape.classes;
+      for (int64_t k = 0; k < shape.classes; ++k) joint[row * shape.classes + k] += p[k];
+    }
+  }
+}
+
+// Sums of each row and column of a joint [classes, classes].
+struct Marginals {
+  std::vector<double> rows, columns;
+
+  template <typename T>
+  Marginals(const T* joint, int64_t classes) : rows(classes), columns(classes) {
+    for (int64_t b = 0; b < classes; ++b) {
+      for (int64_t p = 0; p < classes; ++p) {
+        rows[b] += joint[b * classes + p];
+        columns[p] += joint[b * classes + p];
+      }
+    }
+  }
+};
+
+template <typename T>
+T information_of_joint(const T* joint, int64_t classes) {
+  const Marginals sums(joint, classes);
+  double total = 0;
+  for (int64_t b = 0; b < classes; ++b) {
+    for (int64_t p = 0; p < classes; ++p) {
+      const double q = joint[b * classes + p];
+      total += q * std::log(q / std::max(sums.rows[b] * sums.columns[p], joint_floor));
+    }
+  }
+  return static_cast<T>(total / std::log(static_cast<double>(classes)));
+}
+
+template <typename T>
+void forward(const Tensor& logits, const Tensor& labels, const Shape& shape, const Tensor& information,
+             const Tensor& joint) {
+  const T* logits_data = static_cast<const T*>(logits.data_ptr());
+  const int64_t* labels_data = static_cast<const int64_t*>(labels.data_ptr());
+  T* joint_data = static_cast<T*>(joint.data_ptr());
+  const int64_t entries = shape.heads * shape.classes * shape.classes;
+
+  // A fixed number of partial joints, added up in order: the sum does not depend on the number of threads. With many
+  // classes a partial joint must be worth its memory.
+  const int64_t rows_a_chunk = std::max(
+      {chunk_rows, shape.classes * shape.classes, (shape.n + largest_chunks - 1) / largest_chunks});
+  const int64_t chunks = (shape.n + rows_a_chunk - 1) / rows_a_chunk;
+  std::vector<double> sums(chunks * entries);
+  torch::stable::parallel_for(0, chunks, 1, [&](int64_t first, int64_t last) {
+    for (int64_t chunk = first; chunk < last; ++chunk) {
+      add_to_joint(logits_data, labels_data, shape, chunk * rows_a_chunk,
+                   std::min(shape.n, (chunk + 1) * rows_a_chunk), sums.data() + chunk * entries);
+    }
+  });
+  for (int64_t i = 0; i < entries; ++i) {
+    double sum = 0;
+    for (int64_t chunk = 0; chunk < chunks; ++chunk) sum += sums[chunk * entries + i];
+    joint_data[i] = static_cast<T>(std::max(sum, joint_floor) / shape.n);
+  }
+  T* information_data = static_cast<T*>(information.data_ptr());
+  for (int64_t head = 0; head < shape.heads; ++head) {
+    information_data[head] =
+        information_of_joint(joint_data + head * shape.classes * shape.classes, shape.classes);
+  }
+}
+
+// Derivative of `scale` x MI by each entry of one head's joint, zero where either clamp holds.
+template <typename T>
+void joint_slope(const T* joint, const Shape& shape, double scale, T* out) {
+  const int64_t classes = shape.classes;
+  const Marginals sums(joint, classes);
+  std::vector<double> row_terms(classes), column_terms(classes);
+  for (int64_t b = 0; b < classes; ++b) {
+    for (int64_t p = 0; p < classes; ++p) {
+      if (sums.rows[b] * sums.columns[p] < joint_floor) continue;
+      row_terms[b] += joint[b * classes + p] / sums.rows[b];
+      column_terms[p] += joint[b * classes + p] / sums.columns[p];
+    }
+  }
+  scale /= std::log(static_cast<double>(classes));
+  for (int64_t b = 0; b < classes; ++b) {
+    for (int64_t p = 0; p < classes; ++p) {
+      const double q = joint[b * classes + p];
+      const bool free = joint[b * classes + p] * static_cast<T>(shape.n) > static_cast<T>(joint_floor);
+      const double ratio = q / std::max(sums.rows[b] * sums.columns[p], joint_floor);
+      out[b * classes + p] = free ? static_cast<T>((std::log(ratio) + 1 - row_terms[b] - column_terms[p]) * scale) : 0;
+    }
+  }
+}
+
+template <typename T>
+void backward(const Tensor& grad, const Tensor& logits, const Tensor& labels, const Tensor& joint, const Shape& shape,
+              const Tensor& out) {
+  const T* grad_data = static_cast<const T*>(grad.data_ptr());
+  const T* logits_data = static_cast<const T*>(logits.data_ptr());
+  const int64_t* labels_data = static_cast<const int64_t*>(labels.data_ptr());
+  const T* joint_data = static_cast<const T*>(joint.data_ptr());
+  T* out_data = static_cast<T*>(out.data_ptr());
+  const int64_t classes = shape.classes, row_size = shape.heads * classes;
+  std::vector<T> slopes(shape.heads * classes * classes);
+  for (int64_t head = 0; head < shape.heads; ++head) {
+    const int64_t at = head * classes * classes;
+    joint_slope(joint_data + at, shape, static_cast<double>(grad_data[head]) / shape.n, slopes.data() + at);
+  }
+  const int64_t grain = std::max<int64_t>(1, 32768 / row_size);
+  torch::stable::parallel_for(0, shape.n, grain, [&](int64_t first, int64_t last) {
+    loops<T>().softmax(logits_data + first * row_size, (last - first) * shape.heads, classes,
+                       out_data + first * row_size);
+    for (int64_t i = first * shape.heads; i < last * shape.heads; ++i) {
+      const T* slope = slopes.data() + ((i % shape.heads) * classes + labels_data[i]) * classes;
+      T* p = out_data + i * classes;
+      T inner = 0;
+      for (int64_t k = 0; k < classes; ++k) inner += p[k] * slope[k];
+      for (int64_t k = 0; k < classes; ++k) p[k] *= slope[k] - inner;
+    }
+  });
+}
+
+std::tuple<Tensor, Tensor> mutual_information(Tensor logits, Tensor labels) {
+  check_on_cpu({&logits, &labels});
+  const Shape shape = checked_shape(logits, labels);
+  const Tensor dense_logits = working(logits), dense_labels = made_contiguous(labels);
+  check_labels(static_cast<const int64_t*>(dense_labels.data_ptr()), shape);
+  const Tensor information = torch::stable::new_empty(dense_logits, {shape.heads});
+  const Tensor joint = torch::stable::new_empty(dense_logits, {shape.heads, shape.classes, shape.classes});
+  const auto run = dense_logits.scalar_type() == ScalarType::Double ? forward<double> : forward<float>;
+  run(dense_logits, dense_labels, shape, information, joint);
+  return {information, joint};
+}
+
+Tensor mutual_information_backward(Tensor grad, Tensor logits, Tensor labels, Tensor joint) {
+  check_on_cpu({&grad, &logits, &labels, &joint});
+  const Shape shape = checked_shape(logits, labels);
+  const Tensor dense_logits = working(logits), dense_labels = made_contiguous(labels);
+  check_labels(static_cast<const int64_t*>(dense_labels.data_ptr()), shape);
+  check_value(grad.dim() == 1 && grad.size(0) == shape.heads, "grad must be one number a head, got ",
+              shape_text(grad));
+  check_value(joint.dim() == 3 && joint.size(0) == shape.heads && joint.size(1) == shape.classes &&
+                  joint.size(2) == shape.classes,
+              "joint must be (heads, K, K), got ", shape_text(joint));
+  const ScalarType dtype = dense_logits.scalar_type();
+  const Tensor dense_grad = made_contiguous(torch::stable::to(grad, dtype));
+  const Tensor dense_joint = made_contiguous(torch::stable::to(joint, dtype));
+  Tensor out = torch::stable::empty_like(logits);
+  const bool direct = out.is_contiguous() && logits.scalar_type() == dtype;
+  const Tensor result = direct ? out : torch::stable::new_empty(dense_logits, logits.sizes());
+  const auto run = dtype == ScalarType::Double ? backward<double> : backward<float>;
+  run(dense_grad, dense_logits, dense_labels, dense_joint, shape, result);
+  if (!direct) torch::stable::copy_(out, result);
+  return out;
+}
+
+}  // namespace
+}  // namespace ffw::cpu
+
+STABLE_TORCH_LIBRARY_IMPL(ffw_fast, CPU, m) {
+  m.impl("mutual_information", TORCH_BOX(&ffw::cpu::mutual_information));
+  m.impl("mutual_information_backward", TORCH_BOX(&ffw::cpu::mutual_information_backward));
+}

@@ -1,0 +1,45 @@
+"""ffw_fast: the fastest way to find the unbiased sub-network inside a biased neural network."""
+
+from ffw_fast import reference
+from ffw_fast.backend import backend_info
+from ffw_fast.backend import load as _load_backend
+from ffw_fast.evaluation import Evaluation, evaluate
+from ffw_fast.extract import extract
+from ffw_fast.extraction import Extraction
+from ffw_fast.gates import GATES
+from ffw_fast.modules import (
+    MaskedConv1d,
+    MaskedConv2d,
+    MaskedConv3d,
+    MaskedLinear,
+    draw_gates,
+    mask_model,
+    masked_layers,
+    set_temperature,
+)
+from ffw_fast.objective import mutual_information
+from ffw_fast.optim import GatedAdam
+from ffw_fast.version import __version__
+
+_load_backend()
+
+__all__ = [
+    "GATES",
+    "Evaluation",
+    "Extraction",
+    "GatedAdam",
+    "MaskedConv1d",
+    "MaskedConv2d",
+    "MaskedConv3d",
+    "MaskedLinear",
+    "__version__",
+    "backend_info",
+    "draw_gates",
+    "evaluate",
+    "extract",
+    "mask_model",
+    "masked_layers",
+    "mutual_information",
+    "reference",
+    "set_temperature",
+]

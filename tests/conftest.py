@@ -1,0 +1,45 @@
+"""What all tests share."""
+
+from collections.abc import Iterator
+
+import hypothesis
+import pytest
+import torch
+
+from ffw_fast.backend import backend_info, load
+
+load()
+hypothesis.settings.register_profile(
+    "ffw_fast",
+    deadline=None,
+    max_examples=50,
+    derandomize=True,
+    suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture],  # ours change nothing between examples
+)
+hypothesis.settings.load_profile("ffw_fast")
+
+
+@pytest.fixture(scope="session")
+def compiled() -> dict:
+    """What ``backend_info`` says of the compiled CPU kernels; skips, visibly, where there are none."""
+    info = backend_info()["cpu"]
+    if not info["loaded"]:
+        pytest.skip(f"no compiled CPU kernels: {info['why_not']}")
+    return info
+
+
+@pytest.fixture
+def poisoned() -> Iterator[None]:
+    """Uninitialised memory is filled with NaN, so that an element which a kernel leaves out shows."""
+    torch.use_deterministic_algorithms(True)
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def restore_threads() -> Iterator[None]:
+    """The number of threads is put back."""
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)

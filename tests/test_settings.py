@@ -1,0 +1,71 @@
+"""Settings are checked when they are made, and name what is wrong with them."""
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ffw_fast.gates import GATES, GateKind
+from ffw_fast.settings import PRECISIONS, Settings
+
+NEEDED = {"bottleneck": "pool", "num_bias_classes": 10}
+NOT_WHOLE = (1.0, True, "3", None)
+
+
+def test_defaults_are_the_published_ones():
+    settings = Settings(**NEEDED)
+    assert (settings.method, settings.gate, settings.granularity, settings.schedule) == ("ffw", "ffw", "weight", "published")
+    assert (settings.gamma, settings.alpha, settings.max_epochs, settings.batch_size) == (10.0, 1.0, 200, 100)
+    assert (settings.seed, settings.precision, settings.kind) == (0, "fp32", GateKind.FFW)
+
+
+@given(
+    st.fixed_dictionaries(
+        {
+            "gamma": st.floats(0, 1e300) | st.integers(0, 10**6),
+            "alpha": st.floats(0, 1e300),
+            "gate": st.sampled_from(GATES),
+            "anneal_rate": st.floats(1e-300, 1e300),
+            "max_epochs": st.integers(1),
+            "batch_size": st.integers(1),
+            "seed": st.integers(0, 2**63 - 1),
+            "num_bias_classes": st.integers(2),
+            "precision": st.sampled_from(sorted(PRECISIONS)),
+        }
+    )
+)
+def test_settings_survive_json(changes):
+    settings = Settings(**{**NEEDED, **changes})
+    assert Settings(**json.loads(json.dumps(settings.as_dict()))) == settings
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "message"),
+    [
+        ("bottleneck", (None, 3, b"pool"), "bottleneck must be the name of a module, got"),
+        ("method", ("bise", None, ""), "unknown method .*; known methods: ffw"),
+        ("gate", ("soft", None, "FFW"), "unknown gate .*; known gates: ffw, hard, bernoulli, concrete"),
+        ("granularity", ("row", None), "unknown granularity .*; known granularities: weight"),
+        ("schedule", ("linear", None), "unknown schedule .*; known schedules: published, adaptive"),
+        ("precision", ("fp16", None, 32), "unknown precision .*; known precisions: fp32, bf16"),
+        ("gamma", (-1, float("nan"), float("inf"), "1", True, None), "gamma must be a non-negative finite number, got"),
+        ("alpha", (-1e-9, float("nan"), float("inf"), None), "alpha must be a non-negative finite number, got"),
+        ("anneal_rate", (0, -1.0, float("nan"), float("inf")), "anneal_rate must be a positive finite number, got"),
+        ("num_bias_classes", (1, 0, -3, *NOT_WHOLE), "num_bias_classes must be a whole number of at least 2, got"),
+        ("max_epochs", (0, -1, *NOT_WHOLE), "max_epochs must be a whole number of at least 1, got"),
+        ("batch_size", (0, -1, *NOT_WHOLE), "batch_size must be a whole number of at least 1, got"),
+        ("seed", (-1, 2**63, *NOT_WHOLE), "seed must be a whole number from 0 to"),
+    ],
+)
+def test_bad_settings(name, values, message):
+    for value in values:
+        with pytest.raises((ValueError, TypeError), match=message):
+            Settings(**{**NEEDED, name: value})
+
+
+def test_hard_gates_do_not_go_with_annealing_by_their_movement():
+    with pytest.raises(ValueError, match="schedule 'adaptive' .* gate 'hard' has no T"):
+        Settings(**NEEDED, gate="hard", schedule="adaptive")
+    for gate in ("ffw", "bernoulli", "concrete"):
+        Settings(**NEEDED, gate=gate, schedule="adaptive")
