@@ -13,16 +13,15 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
+from ffw_fast.benchmarks.machine import Rates, measure_rates, record, seconds
 from rich.console import Console
 from rich.table import Table
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from ffw_fast.benchmarks.machine import Rates, measure_rates, record, seconds
 from ffw_fast.data.samples import Samples
 from ffw_fast.extract import GATE_EPOCHS, Loop
 from ffw_fast.models import MLP, ResNet18, SimpleConvNet
@@ -118,16 +117,10 @@ def measure_reference(job: Job, model: nn.Module, steps: int, precision: str) ->
     samples = random_samples(job, steps * job.batch_size)
     settings, width = settings_of(job, precision), feature_width(job, model)
     run = Reference(settings, model, samples, samples, width, torch.device("cpu"), False)
-    gate_step = median(timed(lambda: run.train_epoch(epoch, False)) for epoch in range(3)) / steps
-    feature = median(timed(lambda: run.evaluate(samples, run.heads)) for _ in range(2)) / len(samples.y)
-    head_epoch = median(timed(lambda: run.head_epoch(run.heads, run.heads_optimizer)) for _ in range(2))
+    gate_step = seconds(lambda: run.train_epoch(0, False), 3) / steps
+    feature = seconds(lambda: run.evaluate(samples, run.heads), 3) / len(samples.y)
+    head_epoch = seconds(lambda: run.head_epoch(run.heads, run.heads_optimizer), 3)
     return Parts(gate_step, feature, head_epoch * job.train / len(samples.y))
-
-
-def timed(run: Callable[[], Any]) -> float:
-    start = time.perf_counter()
-    run()
-    return time.perf_counter() - start
 
 
 def floor(job: Job, model: nn.Module, rates: Rates, precision: str) -> Parts:
@@ -223,7 +216,8 @@ def main(arguments: list[str] | None = None) -> None:
             rows.append(run_job(job, rates, options.steps, precisions))
     console.print(table(rows, precisions))
     console.print(
-        f"matrix rate {rates.fp32 / 1e9:.0f} GFLOP/s fp32, {rates.bf16 / 1e9:.0f} bf16; copy {rates.copy / 1e9:.1f} GB/s"
+        f"matrix rate {rates.fp32 / 1e9:.0f} GFLOP/s fp32, {rates.bf16 / 1e9:.0f} bf16; "
+        f"copy {rates.copy / 1e9:.1f} GB/s"
     )
     if options.json:
         options.json.write_text(json.dumps({"machine": record(rates), "rows": rows}, indent=2) + "\n")

@@ -18,7 +18,7 @@ from ffw_fast.objective import objective
 from ffw_fast.optim import LR, GatedAdam
 from ffw_fast.progress import Progress, make_progress
 from ffw_fast.run_state import RunState, digest
-from ffw_fast.schedule import judging_shift, make_schedule, restore_schedule
+from ffw_fast.schedule import Schedule, judging_shift, make_schedule, restore_schedule
 from ffw_fast.seeding import epoch_order
 from ffw_fast.settings import PRECISIONS, Settings
 
@@ -124,7 +124,7 @@ class Loop:
         )
         self.network = GatedNetwork(model, settings.bottleneck, settings.kind, settings.seed, train.x[:EXAMPLES])
         self.gates = self.network.gates
-        self.schedule = make_schedule(settings.schedule, settings.anneal_rate, LR)
+        self.schedule: Schedule = make_schedule(settings.schedule, settings.anneal_rate, LR)
         annealing = settings.anneal_rate if self.schedule.anneals else None
         self.optimizer = GatedAdam(self.gates, anneal_rate=annealing)
         self.heads = PrivateHeads.create(

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ffw_fast.finetune import finetune
-from ffw_fast.modules import maskable_layers
+from ffw_fast.modules import DenseLayer, maskable_layers
 from ffw_fast.settings import Settings
 
 SCORES = "scores.safetensors"
@@ -89,7 +89,7 @@ class Extraction:
         folder = Path(directory)
         layers = maskable_layers(model)
         scores, best_scores = (load_scores(folder / name, layers) for name in (SCORES, BEST_SCORES))
-        settings = read_json(folder / CONFIG).get("settings")
+        settings = read_json(folder / CONFIG).get("settings") or {}
         try:
             checked = Settings(**settings)
         except (TypeError, ValueError) as error:
@@ -127,7 +127,7 @@ def save_scores(path: Path, scores: dict[str, Tensor]) -> None:
     save_file({name: score.detach().contiguous().cpu() for name, score in scores.items()}, path)
 
 
-def load_scores(path: Path, layers: dict[str, nn.Module]) -> dict[str, Tensor]:
+def load_scores(path: Path, layers: dict[str, DenseLayer]) -> dict[str, Tensor]:
     """Read scores by layer name and check them against the layers' weights.
 
     Raises:

@@ -88,12 +88,13 @@ def finetune(
 
 
 def _open(network: nn.Module, masks: dict[str, Tensor]) -> list[nn.Parameter]:
-    """Let the masked layers' weights and biases be trained; gradients of pruned weights are 0. The opened parameters."""
-    opened = []
+    """Let the masked layers' weights and biases be trained, pruned weights excepted; the opened parameters."""
+    opened: list[nn.Parameter] = []
     for name, mask in masks.items():
-        layer = network.get_submodule(name)
+        layer: Any = network.get_submodule(name)
         for parameter in layer.parameters(recurse=False):
-            opened.append(parameter.requires_grad_(True))
+            parameter.requires_grad_(True)
+            opened.append(parameter)
         kept = mask.to(layer.weight.device)
         layer.weight.register_hook(lambda grad, kept=kept: grad * kept)
     return opened

@@ -24,7 +24,7 @@ class FlatGates:
     """Flat buffers of all gated layers, each layer starting at a multiple of 16 elements; the padding stays 0.
 
     Attributes:
-        weight, gated, scores: the buffers of ``w``, ``v`` and ``m``; ``gated.grad`` is the buffer of ``dJ/dv``.
+        weight, gated, grad, scores: the buffers of ``w``, ``v``, ``dJ/dv`` (it is ``gated.grad``) and ``m``.
         temperature: float32 scalar that the gated weights were computed at.
         draw: what the random gates were drawn with, ``ffw_fast.philox``.
         movement: float64 scalar, the sum of ``|dg / d ln T|`` over the gates in use; kept where T is annealed.
@@ -45,7 +45,8 @@ class FlatGates:
             self.view(self.weight, name).copy_(weight)
         self.scores = torch.zeros_like(self.weight)
         self.gated = nn.Parameter(self.weight.clone())
-        self.gated.grad = torch.zeros_like(self.weight)
+        self.grad = torch.zeros_like(self.weight)
+        self.gated.grad = self.grad
         self.temperature = torch.ones((), dtype=torch.float32, device=example.device)
         self.draw = philox.make_draw(seed, device=example.device)
         self.movement = torch.zeros((), dtype=torch.float64, device=example.device)
@@ -115,7 +116,7 @@ class GatedNetwork:
         self.module = simplified(frozen, lambda network: outputs_of(network, bottleneck, example))
         layers = maskable_layers(self.module)
         self.gates = FlatGates({name: layer.weight.detach() for name, layer in layers.items()}, kind, seed)
-        gradients = self.gates.views(self.gates.gated.grad)
+        gradients = self.gates.views(self.gates.grad)
         for name, gated in self.gates.views(self.gates.gated.detach()).items():
             layers[name].weight = nn.Parameter(gated)
             layers[name].weight.grad = gradients[name]

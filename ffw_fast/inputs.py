@@ -86,7 +86,7 @@ def _is_sized_sequence(data: Any) -> bool:
 def _read(data: Any, name: str) -> tuple[Tensor, Tensor, Tensor]:
     """All samples of a Dataset or DataLoader, in the order in which it yields them."""
     loader = data if isinstance(data, DataLoader) else DataLoader(data, batch_size=READING_BATCH)
-    if loader.drop_last and len(loader.sampler) % loader.batch_size:
+    if loader.drop_last and len(loader.sampler) % (loader.batch_size or 1):  # type: ignore[arg-type]
         raise ValueError(f"{name} drops its last samples in an incomplete batch; give its DataLoader drop_last=False")
     if not isinstance(loader.dataset, IterableDataset):
         _refuse_augmentation(loader.dataset, name)

@@ -19,6 +19,7 @@ FLAT_ALIGNMENT = 16  # elements; each layer's gates start at such a multiple in 
 GATED_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 FLOAT32 = torch.finfo(torch.float32)
 GRANULARITIES = ("weight",)
+DenseLayer = nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.Linear  # what can be masked
 LayerFilter = Callable[[str], bool] | Iterable[str] | str | None
 
 
@@ -37,8 +38,8 @@ class MaskedLayer(nn.Module):
             ``torch.func`` transforms, which forbid that a forward pass changes a buffer, use eval mode.
     """
 
-    weight: nn.Parameter
-    bias: nn.Parameter | None
+    weight: Any  # nn.Parameter; PyTorch declares it otherwise in each dense class
+    bias: Any
     scores: nn.Parameter
     temperature: Tensor
     draw: Tensor
@@ -117,7 +118,7 @@ class MaskedLayer(nn.Module):
         return self
 
 
-def _recast(layer: nn.Module, cls: type[Any]) -> Any:
+def _recast(layer: nn.Module, cls: Any) -> Any:
     """The layer as another class: the same settings, hooks, parameters and buffers, in containers of its own."""
     twin = cls.__new__(cls)
     own = {name: copy.copy(value) if isinstance(value, dict | set) else value for name, value in vars(layer).items()}
@@ -181,7 +182,7 @@ MASKED_CLASSES: dict[type[nn.Module], type[MaskedLayer]] = {
 }
 
 
-def maskable_layers(model: nn.Module, include: LayerFilter = None) -> dict[str, nn.Module]:
+def maskable_layers(model: nn.Module, include: LayerFilter = None) -> dict[str, DenseLayer]:
     """Name -> layer of every dense layer that can be masked, in the order of ``model.named_modules()``.
 
     Args:
@@ -197,7 +198,7 @@ def maskable_layers(model: nn.Module, include: LayerFilter = None) -> dict[str, 
     if not isinstance(model, nn.Module):
         raise TypeError(f"the model must be a torch.nn.Module, got {type(model).__name__}")
     _check_initialised(model)
-    found = dict(_dense_layers(model))
+    found: dict[str, Any] = dict(_dense_layers(model))
     chosen = found.keys() if include is None else _chosen(list(found), include)
     layers = {name: layer for name, layer in found.items() if name in chosen}
     if not layers:
@@ -305,7 +306,7 @@ def mask_model(
     layers = maskable_layers(model, include)
     scores = [layer.scores for layer in masked_layers(model).values()]
     offsets = flat_offsets(weight.numel() for weight in (*scores, *(layer.weight for layer in layers.values())))
-    replacements = {}
+    replacements: dict[nn.Module, nn.Module] = {}
     for layer, offset in zip(layers.values(), offsets[len(scores) :], strict=False):
         masked = MASKED_CLASSES[type(layer)].from_dense(layer, gate)
         masked.draw.copy_(philox.make_draw(seed, 0, offset))

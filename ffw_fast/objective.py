@@ -33,8 +33,10 @@ def mutual_information(logits: Tensor, labels: Tensor, num_classes: int) -> Tens
         raise ValueError(f"labels must be int64 of shape ({len(logits)},), got {labels.dtype} {tuple(labels.shape)}")
     if len(labels) == 0:
         raise ValueError("the mutual information of an empty batch is not defined")
-    if not torch.compiler.is_compiling() and not 0 <= (low := labels.min()) <= (high := labels.max()) < num_classes:
-        raise ValueError(f"labels must be in [0, {num_classes}), got {low.item()} to {high.item()}")
+    if not torch.compiler.is_compiling():
+        low, high = (bound.item() for bound in labels.aminmax())
+        if low < 0 or high >= num_classes:
+            raise ValueError(f"labels must be in [0, {num_classes}), got {low} to {high}")
     return batch_information(logits.unsqueeze(1), labels.unsqueeze(1))[0]
 
 

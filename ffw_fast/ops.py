@@ -176,7 +176,7 @@ JOINT_FLOOR = 1e-15
 
 
 def joint_distribution(logits: Tensor, labels: Tensor) -> Tensor:
-    """Joint of labels (rows) and predictions (columns), (heads, K, K), of logits (n, heads, K) and labels (n, heads)."""
+    """Joint (heads, K, K) of labels (rows) and predictions: of logits (n, heads, K) and labels (n, heads)."""
     probabilities = torch.softmax(_working(logits), dim=-1)
     one_hot = torch.nn.functional.one_hot(labels, logits.shape[-1]).to(probabilities.dtype)
     return torch.einsum("nhb,nhp->hbp", one_hot, probabilities).clamp_min(JOINT_FLOOR) / len(logits)
@@ -192,7 +192,10 @@ def joint_information(joint: Tensor) -> Tensor:
 def _check_logits(logits: Tensor, labels: Tensor) -> None:
     torch._check_value(
         logits.dim() == 3 and labels.shape == logits.shape[:2],
-        lambda: f"expected logits (n, heads, K) and labels (n, heads), got {tuple(logits.shape)}, {tuple(labels.shape)}",
+        lambda: (
+            f"expected logits (n, heads, K) and labels (n, heads), "
+            f"got {tuple(logits.shape)} and {tuple(labels.shape)}"
+        ),
     )
     torch._check_type(
         logits.is_floating_point() and labels.dtype == torch.int64,

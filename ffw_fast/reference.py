@@ -253,10 +253,11 @@ class Reference:
     ) -> int:
         """Fit heads to a plateau: one forward pass of the network per head epoch. Epochs it took."""
         plateau = Plateau(private_heads.PLATEAU_THRESHOLD, private_heads.PLATEAU_PATIENCE)
-        for epoch in range(private_heads.MAX_EPOCHS):
+        start = self.head_epochs
+        while self.head_epochs - start < private_heads.MAX_EPOCHS:
             if plateau.reached(self.head_epoch(heads, optimizer, masks)):
                 break
-        return epoch + 1
+        return self.head_epochs - start
 
     def head_epoch(
         self, heads: nn.ModuleList, optimizer: torch.optim.SGD, masks: dict[str, Tensor] | None = None

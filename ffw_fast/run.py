@@ -86,7 +86,7 @@ def run_workload(request: Request, progress: Progress) -> dict[str, Any]:
     request.out.mkdir(parents=True, exist_ok=True)
     write_json(request.out / CONFIG, _config(request))
     splits = request.workload.load(request.data_dir, request.seed, **request.data_options)
-    vanilla = _vanilla(request, splits, progress)
+    vanilla = trained_vanilla(request, splits, progress)
     found = extract(
         vanilla,
         splits.train,
@@ -123,7 +123,7 @@ def _as_json(recipe: Recipe) -> dict[str, Any]:
     return {**asdict(recipe), "milestones": list(recipe.milestones)}
 
 
-def _vanilla(request: Request, splits: Splits, progress: Progress) -> nn.Module:
+def trained_vanilla(request: Request, splits: Splits, progress: Progress) -> nn.Module:
     """The biased network: from the run folder where it was trained there in the same way, else trained now."""
     recipe = request.recipe
     model = request.workload.build_model(request.seed)

@@ -109,7 +109,7 @@ def digest(*tensors: Tensor) -> str:
     fingerprint = hashlib.blake2b(digest_size=8)
     for tensor in tensors:
         fingerprint.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
-        fingerprint.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        fingerprint.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return fingerprint.hexdigest()
 
 

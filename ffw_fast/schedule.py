@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 from ffw_fast.gates import GateKind
 from ffw_fast.plateau import Plateau
@@ -25,6 +25,7 @@ class Schedule(Protocol):
     """
 
     anneals: bool
+    __dataclass_fields__: ClassVar[dict[str, Any]]  # it is a dataclass: a checkpoint holds its fields
 
     def after_epoch(self, temperature: float, validation_mi: float) -> tuple[float, bool]:
         """Temperature of the next epoch, and whether the pruned network is due to be judged now."""

@@ -37,6 +37,7 @@ class Settings:
             raise ValueError(f"unknown method {self.method!r}; known methods: {', '.join(METHODS)}")
         if self.precision not in PRECISIONS:
             raise ValueError(f"unknown precision {self.precision!r}; known precisions: {', '.join(PRECISIONS)}")
+        gate_kind(self.gate)
         check_granularity(self.granularity)
         if not isinstance(self.bottleneck, str):
             raise TypeError(f"bottleneck must be the name of a module, got {type(self.bottleneck).__name__}")
@@ -49,7 +50,7 @@ class Settings:
         if self.schedule not in SCHEDULES:
             raise ValueError(f"unknown schedule {self.schedule!r}; known schedules: {', '.join(SCHEDULES)}")
         if self.schedule == "adaptive" and self.kind is GateKind.HARD:
-            raise ValueError("schedule 'adaptive' follows how gates move with T, and the forward of gate 'hard' has no T")
+            raise ValueError("schedule 'adaptive' follows how gates move with T; the forward of gate 'hard' has no T")
 
     @property
     def kind(self) -> GateKind:

@@ -1,13 +1,14 @@
 """The frozen network made cheap without changing what it computes, found by its graph and checked on a sample.
 
 Batch norm in eval mode is an affine map per channel; where it alone reads the output of a layer, it folds into that
-layer's frozen weight and bias (``w' = w a``): the gate multiplies ``w'``, the bias is not gated, and the gradient of the
-scores is the same. A ReLU that alone reads a layer's output may overwrite it.
+layer's frozen weight and bias (``w' = w a``): the gate multiplies ``w'``, the bias is not gated, and the scores'
+gradient is the same. A ReLU that alone reads a layer's output may overwrite it.
 """
 
 import copy
 from collections import Counter
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -49,7 +50,8 @@ def fold_batch_norms(model: nn.Module, graph: fx.Graph) -> list[str]:
     """Fold every batch norm that alone reads a Conv's or Linear's output, in place; names of those folded."""
     folded = []
     for layer_name, norm_name in _pairs(model, graph, _BatchNorm):
-        layer, norm = model.get_submodule(layer_name), model.get_submodule(norm_name)
+        layer: Any = model.get_submodule(layer_name)
+        norm: Any = model.get_submodule(norm_name)
         if norm.running_mean is None or norm.num_features != layer.weight.shape[0]:
             continue
         _fold(layer, norm)
@@ -61,33 +63,34 @@ def fold_batch_norms(model: nn.Module, graph: fx.Graph) -> list[str]:
 def overwrite_in_relus(model: nn.Module, graph: fx.Graph) -> None:
     """Let every ``nn.ReLU`` that alone reads a Conv's, Linear's or folded batch norm's output overwrite it."""
     for _, relu_name in _pairs(model, graph, nn.ReLU):
-        model.get_submodule(relu_name).inplace = True
+        relu: Any = model.get_submodule(relu_name)
+        relu.inplace = True
 
 
 def _pairs(model: nn.Module, graph: fx.Graph, reader: type[nn.Module]) -> Iterator[tuple[str, str]]:
     """(layer, reader) names: a module of the reader's class that alone reads a linear layer's output, both run once."""
     runs = Counter(node.target for node in graph.nodes if node.op == "call_module")
     for node in graph.nodes:
-        if node.op != "call_module" or not isinstance(model.get_submodule(node.target), reader):
+        if not isinstance(_module_of(model, node), reader):
             continue
-        source = node.args[0] if node.args else None
-        while _is_identity(model, source) and len(source.users) == 1:
+        source: Any = node.args[0] if node.args else None
+        while isinstance(_module_of(model, source), nn.Identity) and len(source.users) == 1:  # a folded batch norm
             source = source.args[0]
-        if not isinstance(source, fx.Node) or source.op != "call_module" or len(source.users) != 1:
+        if type(_module_of(model, source)) not in LINEAR_LAYERS or len(source.users) != 1:
             continue
-        once = runs[source.target] == runs[node.target] == 1
-        if once and type(model.get_submodule(source.target)) in LINEAR_LAYERS:
-            yield source.target, node.target
+        if runs[source.target] == runs[node.target] == 1:
+            yield source.target, str(node.target)
 
 
-def _is_identity(model: nn.Module, node: object) -> bool:
-    """Whether the node is an Identity, such as a folded batch norm has become."""
-    is_module = isinstance(node, fx.Node) and node.op == "call_module"
-    return is_module and isinstance(model.get_submodule(node.target), nn.Identity)
+def _module_of(model: nn.Module, node: Any) -> nn.Module | None:
+    """The module that the node of a graph calls, if that is what it does."""
+    if not isinstance(node, fx.Node) or node.op != "call_module":
+        return None
+    return model.get_submodule(str(node.target))
 
 
 @torch.no_grad()
-def _fold(layer: nn.Module, norm: _BatchNorm) -> None:
+def _fold(layer: Any, norm: Any) -> None:
     """``a (w x + c - mean) + beta`` with ``a = scale / sqrt(var + eps)`` as one layer, computed in double precision."""
     factor = (norm.running_var.double() + norm.eps).rsqrt()
     if norm.weight is not None:

@@ -15,7 +15,8 @@ NOT_WHOLE = (1.0, True, "3", None)
 
 def test_defaults_are_the_published_ones():
     settings = Settings(**NEEDED)
-    assert (settings.method, settings.gate, settings.granularity, settings.schedule) == ("ffw", "ffw", "weight", "published")
+    assert (settings.method, settings.gate, settings.granularity) == ("ffw", "ffw", "weight")
+    assert (settings.schedule, settings.anneal_rate) == ("published", 1e-4)
     assert (settings.gamma, settings.alpha, settings.max_epochs, settings.batch_size) == (10.0, 1.0, 200, 100)
     assert (settings.seed, settings.precision, settings.kind) == (0, "fp32", GateKind.FFW)
 
@@ -65,7 +66,7 @@ def test_bad_settings(name, values, message):
 
 
 def test_hard_gates_do_not_go_with_annealing_by_their_movement():
-    with pytest.raises(ValueError, match="schedule 'adaptive' .* gate 'hard' has no T"):
+    with pytest.raises(ValueError, match=r"schedule 'adaptive' .* gate 'hard' has no T"):
         Settings(**NEEDED, gate="hard", schedule="adaptive")
     for gate in ("ffw", "bernoulli", "concrete"):
         Settings(**NEEDED, gate=gate, schedule="adaptive")

@@ -27,7 +27,7 @@ class BasicBlock(nn.Module):
 
 
 class ResNet18(nn.Module):
-    """He et al., CVPR 2016, table 1: (n, 3, h, w) -> logits (n, num_classes); the bottleneck is ``flatten``, (n, 512)."""
+    """He et al., CVPR 2016, table 1: (n, 3, h, w) -> logits (n, num_classes); bottleneck ``flatten``, (n, 512)."""
 
     def __init__(self, num_classes: int = 1000) -> None:
         super().__init__()

@@ -1,0 +1,213 @@
+"""The network as the loop trains it: flat buffers of gates, features at the bottleneck, and what stays as it was."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from ffw_fast import ops
+from ffw_fast.gated_network import FlatGates, GatedNetwork
+from ffw_fast.gates import GATES, GateKind, gate_kind
+from ffw_fast.modules import mask_model, masked_layers, set_temperature
+from ffw_fast.optim import GatedAdam
+from tests import tiny, toy
+
+KINDS = list(GateKind)
+
+
+def make(model, x, bottleneck, kind=GateKind.FFW, seed=3) -> GatedNetwork:
+    return GatedNetwork(model, bottleneck, kind, seed, x[:8])
+
+
+def spread_scores(gates: FlatGates, seed=0) -> None:
+    source = torch.Generator().manual_seed(seed)
+    for scores in gates.views(gates.scores).values():
+        scores.copy_(torch.randn(scores.shape, generator=source))
+    gates.refresh()
+
+
+# flat gates ----------------------------------------------------------------------------------------------------------
+
+
+def test_layers_start_at_multiples_of_16_and_the_padding_stays_zero():
+    weights = {"a": torch.randn(5, 3), "b": torch.randn(16), "c": torch.randn(2, 1, 3, 3)}
+    gates = FlatGates(weights, GateKind.FFW, seed=0)
+    assert gates.count == 15 + 16 + 18
+    assert len(gates.weight) == 16 + 16 + 32
+    starts = [view.storage_offset() for view in gates.views(gates.weight).values()]
+    assert starts == [0, 16, 32]
+    for name, view in gates.views(gates.gated).items():
+        assert torch.equal(view, weights[name])
+    padding = [15, *range(50, 64)]
+    optimizer = GatedAdam(gates)
+    gates.gated.grad.fill_(1.0)
+    optimizer.step()
+    for buffer in (gates.weight, gates.scores, gates.gated):
+        assert not buffer[padding].any()
+    assert gates.gated.grad.data_ptr() == optimizer.param_groups[0]["params"][0].grad.data_ptr()
+
+
+def test_sparsity_counts_gates_and_no_padding():
+    gates = FlatGates({"a": torch.ones(3), "b": torch.ones(17)}, GateKind.FFW, seed=0)
+    assert gates.sparsity() == 0
+    gates.view(gates.scores, "b")[:5] = -0.1
+    assert gates.sparsity() == 0.25
+    gates.scores[0] = -0.0
+    assert gates.sparsity() == 0.25
+    assert gates.sparsity(shift=0.2) == 0
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_pruned_weights_within_and_gated_ones_again_after(kind):
+    gates = FlatGates({"a": torch.randn(40)}, kind, seed=1)
+    spread_scores(gates)
+    before = gates.gated.detach().clone()
+    for shift in (0.0, 0.4):
+        with gates.pruned(shift):
+            assert torch.equal(gates.gated, torch.where(gates.scores + shift >= 0, gates.weight, 0))
+        assert torch.equal(gates.gated, before)
+    with pytest.raises(RuntimeError, match="within"), gates.pruned():
+        raise RuntimeError("within")
+    assert torch.equal(gates.gated, before)
+
+
+def test_temperature_recomputes_the_gates():
+    gates = FlatGates({"a": torch.ones(16)}, GateKind.FFW, seed=1)
+    gates.scores.fill_(-1.0)
+    gates.set_temperature(0.5)
+    torch.testing.assert_close(gates.gated.detach(), 2 * torch.sigmoid(torch.full((16,), -2.0)))
+
+
+# the network ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("gate", GATES)
+def test_it_is_the_masked_model(gate):
+    """Outputs, features and gradients by the scores, batch norms folded, against masked layers in the model itself."""
+    model = toy.network()
+    x, y, _ = toy.biased_set(20, seed=5)
+    network = make(model, x, toy.BOTTLENECK, gate_kind(gate))
+    masked = mask_model(copy.deepcopy(model), gate, seed=3)
+    spread_scores(network.gates)
+    for name, scores in network.gates.views(network.gates.scores).items():
+        masked.get_submodule(name).scores.data.copy_(scores)
+    set_temperature(masked, 0.5)
+    network.gates.set_temperature(0.5)
+
+    kept = []
+    masked.get_submodule(toy.BOTTLENECK).register_forward_hook(lambda _module, _x, output: kept.append(output))
+    expected = masked(x)
+    features, logits = network(x)
+    torch.testing.assert_close(features, kept[0], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(network.features(x), features)
+    torch.testing.assert_close(network.outputs(x), (features, logits))
+
+    for given in (logits, expected):
+        nn.functional.cross_entropy(given, y).backward()
+    for name, scores in scores_gradients(network).items():
+        torch.testing.assert_close(scores, masked_layers(masked)[name].scores.grad, rtol=1e-3, atol=1e-6)
+
+
+def scores_gradients(network: GatedNetwork) -> dict[str, torch.Tensor]:
+    """Straight-through gradients of the scores, by layer."""
+    gates = network.gates
+    flat = ops.gate_weight_backward(
+        gates.gated.grad, gates.weight, gates.scores, gates.temperature, gates.draw, int(gates.kind)
+    )
+    return gates.views(flat)
+
+
+def test_the_model_is_left_as_it_was():
+    model = toy.network().train()
+    model.zero_grad()
+    before = copy.deepcopy(model.state_dict())
+    x, y, _ = toy.biased_set(20, seed=5)
+    network = make(model, x, toy.BOTTLENECK)
+    _, logits = network(x)
+    nn.functional.cross_entropy(logits, y).backward()
+    GatedAdam(network.gates).step()
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all(part.training for part in model.modules())
+    assert not any(part.training for part in network.module.modules() if not isinstance(part, nn.Identity))
+    assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
+    assert not any(part._forward_hooks for part in model.modules())
+
+
+def test_only_gated_weights_get_gradients():
+    x, _, _ = toy.biased_set(20, seed=5)
+    network = make(toy.network(), x, toy.BOTTLENECK)
+    x.requires_grad_(False)
+    _, logits = network(x)
+    logits.sum().backward()
+    with_gradient = [name for name, parameter in network.module.named_parameters() if parameter.grad is not None]
+    assert with_gradient == ["conv1.weight", "conv2.weight", "classifier.weight"]
+    flat = network.gates.gated.grad
+    for name, view in network.gates.views(flat).items():
+        assert network.module.get_submodule(name).weight.grad.data_ptr() == view.data_ptr()
+        assert view.any()
+
+
+def test_what_lies_behind_the_bottleneck_is_not_run_for_features():
+    ran = []
+    model = tiny.network()
+    model.classifier.register_forward_hook(lambda *_arguments: ran.append(1))
+    x, _, _ = tiny.samples(30)
+    network = make(model, x, tiny.BOTTLENECK)
+    ran.clear()
+    features = network.features(x)
+    assert not ran
+    given, _ = network(x)
+    assert ran == [1]
+    torch.testing.assert_close(given, features)
+
+
+@pytest.mark.parametrize("count", [1, 499, 500, 501, 1003])
+def test_large_sets_are_passed_in_parts(count):
+    x, _, _ = tiny.samples(count)
+    network = make(tiny.network(), x, tiny.BOTTLENECK)
+    features, logits = network.outputs(x)
+    assert features.shape == (count, 8)
+    torch.testing.assert_close(logits, tiny.network()(x))
+    torch.testing.assert_close(network.features(x), features)
+    assert not features.requires_grad
+
+
+def test_a_layer_that_runs_twice_sums_its_gradients():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.relu, self.classifier = nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 3)
+
+        def forward(self, x):
+            return self.classifier(self.relu(self.layer(self.layer(x).tanh())))
+
+    model = Twice().eval()
+    x, y, _ = tiny.samples()
+    network = make(model, x, "relu")
+    nn.functional.cross_entropy(network(x)[1], y).backward()
+    nn.functional.cross_entropy(model(x), y).backward()
+    assert list(network.gates.shapes) == ["layer", "classifier"]
+    for name, gradient in network.gates.views(network.gates.gated.grad).items():
+        torch.testing.assert_close(gradient, model.get_submodule(name).weight.grad)
+
+
+def test_features_before_a_relu_are_not_overwritten_by_it():
+    x, _, _ = tiny.samples()
+    network = make(tiny.network(), x, "fc1")
+    given, _ = network(x)
+    torch.testing.assert_close(given, tiny.network().fc1(x))
+    torch.testing.assert_close(network.features(x), given)
+
+
+def test_features_are_flattened():
+    x, _, _ = toy.biased_set(5)
+    network = make(toy.network(), x, "relu2")
+    assert network.features(x).shape == (5, 12 * 3 * 3)
+
+
+def test_unknown_bottleneck_names_the_known_ones():
+    x, _, _ = tiny.samples()
+    with pytest.raises(ValueError, match="unknown bottleneck 'fc9'; the modules of Sequential: fc1, relu, classifier"):
+        make(tiny.network(), x, "fc9")

@@ -1,0 +1,313 @@
+"""Checkpoints: an interrupted run ends with the same bits, and a file that is not whole or not its own is refused."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from ffw_fast import heads, schedule
+from ffw_fast.extract import extract
+from ffw_fast.progress import Progress
+from ffw_fast.run_state import CHECKPOINT, RunState, digest
+from tests.tiny import arguments, network, samples
+
+RUNS = [
+    {"schedule": "published"},
+    {"schedule": "adaptive", "anneal_rate": 5e-3},
+    {"schedule": "published", "gate": "bernoulli"},
+    {"schedule": "adaptive", "gate": "concrete", "anneal_rate": 5e-3},
+]
+EPOCHS = 6
+
+
+@pytest.fixture(autouse=True)
+def short_runs(monkeypatch):
+    """Heads are fitted for a few epochs only, and the published schedule cuts T where the MI fails twice."""
+    monkeypatch.setattr(heads, "MAX_EPOCHS", 6)
+    monkeypatch.setattr(schedule, "MI_PATIENCE", 0)
+
+
+class Interrupted(Exception):
+    pass
+
+
+class InterruptAfter(Progress):
+    """Ends the run when an epoch's checkpoint has been written."""
+
+    def __init__(self, epochs: int) -> None:
+        self.epochs = epochs
+
+    def epoch(self, row: dict[str, Any]) -> None:
+        if row["epoch"] == self.epochs:
+            raise Interrupted
+
+
+def run(run_dir: Path | None = None, **changes: Any):
+    return extract(network(), samples(40, 2, 1), samples(30, 2, 2), run_dir=run_dir, **arguments(**changes))
+
+
+def without_seconds(history):
+    return [{name: value for name, value in row.items() if name != "seconds"} for row in history]
+
+
+def assert_same_bits(found, expected) -> None:
+    for name in expected.scores:
+        assert torch.equal(found.scores[name], expected.scores[name])
+        assert torch.equal(found.best_scores[name], expected.best_scores[name])
+    assert without_seconds(found.history) == without_seconds(expected.history)
+    assert without_seconds([found.metrics]) == without_seconds([expected.metrics])
+
+
+# resuming ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("settings", RUNS, ids=lambda settings: "-".join(map(str, settings.values())))
+def test_interrupted_runs_end_with_the_same_bits(tmp_path, settings):
+    settings = {**settings, "max_epochs": EPOCHS}
+    expected = run(**settings)
+    assert len(expected.history) == EPOCHS
+    assert len({row["temperature"] for row in expected.history}) > 1
+    for epochs in range(1, EPOCHS + 1):
+        folder = tmp_path / str(epochs)
+        with pytest.raises(Interrupted):
+            run(folder, **{**settings, "progress": InterruptAfter(epochs)})
+        found = run(folder, **settings, resume=True)
+        assert_same_bits(found, expected)
+        assert found.metrics["seconds"] > sum(row["seconds"] for row in found.history)
+
+
+@pytest.mark.parametrize("settings", RUNS[:2])
+def test_a_run_can_be_extended(tmp_path, settings):
+    expected = run(**settings, max_epochs=EPOCHS)
+    for epochs in (1, 3, 4, EPOCHS):
+        found = run(tmp_path, **settings, max_epochs=epochs, resume=epochs > 1)
+        assert len(found.history) == epochs
+    assert_same_bits(found, expected)
+
+
+def test_interrupted_again_and_again(tmp_path):
+    expected = run(max_epochs=EPOCHS)
+    for epochs in (1, 2, 4):
+        with pytest.raises(Interrupted):
+            run(tmp_path, max_epochs=EPOCHS, progress=InterruptAfter(epochs), resume=True)
+    assert_same_bits(run(tmp_path, max_epochs=EPOCHS, resume=True), expected)
+
+
+def test_checkpoints_change_nothing(tmp_path):
+    assert_same_bits(run(tmp_path), run())
+
+
+def test_without_resume_a_run_starts_anew(tmp_path):
+    run(tmp_path, seed=5)
+    assert_same_bits(run(tmp_path), run())
+
+
+def test_resuming_where_nothing_is_starts_a_run(tmp_path):
+    assert_same_bits(run(tmp_path / "new" / "folder", resume=True), run())
+
+
+def test_resume_needs_a_folder():
+    with pytest.raises(ValueError, match="resume needs run_dir, the folder that holds the checkpoint"):
+        run(resume=True)
+
+
+# other runs ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"seed": 1}, "belongs to another run: seed was 0 and is now 1$"),
+        (
+            {"gamma": 3.0, "gate": "hard"},
+            "run: gamma was 10.0 and is now 3.0; gate was 'ffw' and is now 'hard'|"
+            "run: gate was 'ffw' and is now 'hard'; gamma was 10.0 and is now 3.0",
+        ),
+        ({"schedule": "adaptive"}, "schedule was 'published' and is now 'adaptive'"),
+        ({"bottleneck": "fc1"}, "bottleneck was 'relu' and is now 'fc1'"),
+        ({"batch_size": 9}, "batch_size was 10 and is now 9"),
+    ],
+)
+def test_a_run_of_other_settings_is_refused(tmp_path, changes, message):
+    run(tmp_path)
+    before = (tmp_path / CHECKPOINT).read_bytes()
+    with pytest.raises(ValueError, match=message):
+        run(tmp_path, **changes, resume=True)
+    assert (tmp_path / CHECKPOINT).read_bytes() == before
+
+
+def test_a_run_of_another_model_is_refused(tmp_path):
+    run(tmp_path)
+    train, val = samples(40, 2, 1), samples(30, 2, 2)
+    with pytest.raises(ValueError, match=r"belongs to another run: weights was '.*' and is now"):
+        extract(network(seed=1), train, val, run_dir=tmp_path, resume=True, **arguments())
+
+
+# files ---------------------------------------------------------------------------------------------------------------
+
+
+class Notes:
+    """Something small that can be checkpointed."""
+
+    def __init__(self) -> None:
+        self.tensors: dict[str, torch.Tensor] = {}
+        self.record: dict[str, Any] = {}
+
+    def state(self):
+        tensors = {"half": torch.arange(3).half(), "counts": torch.arange(6).view(2, 3).T, "one": torch.tensor(2.5)}
+        return tensors, {"epochs": 3, "best": None, "losses": [0.1, float("inf")]}
+
+    def load_state(self, tensors, record):
+        self.tensors, self.record = tensors, record
+
+
+IDENTITY = {"seed": 3, "gamma": 0.1, "bottleneck": "pool"}
+
+
+def saved(folder: Path) -> Path:
+    RunState(folder, IDENTITY, resume=False).save(Notes())
+    return folder / CHECKPOINT
+
+
+def restore(folder: Path) -> Notes:
+    notes = Notes()
+    assert RunState(folder, IDENTITY, resume=True).restore(notes)
+    return notes
+
+
+def assert_whole(notes: Notes) -> None:
+    tensors, record = notes.state()
+    assert notes.record == record
+    assert notes.tensors.keys() == tensors.keys()
+    for name, value in tensors.items():
+        assert notes.tensors[name].dtype == value.dtype
+        assert torch.equal(notes.tensors[name], value)
+
+
+def test_state_is_read_as_it_was_written(tmp_path):
+    saved(tmp_path)
+    assert_whole(restore(tmp_path))
+    assert [path.name for path in tmp_path.iterdir()] == [CHECKPOINT]  # no temporary file is left
+
+
+def assert_refused_or_whole(folder: Path, content: bytes) -> bool:
+    """Whether the file was refused, by a ``ValueError`` with its path."""
+    (folder / CHECKPOINT).write_bytes(content)
+    notes, message = Notes(), None
+    try:
+        RunState(folder, IDENTITY, resume=True).restore(notes)
+    except ValueError as error:
+        message = str(error)
+    if message is None:
+        assert_whole(notes)
+    else:
+        assert str(folder / CHECKPOINT) in message
+        assert not notes.tensors
+    return message is not None
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("run")
+
+
+@pytest.fixture(scope="module")
+def content(folder):
+    return saved(folder).read_bytes()
+
+
+def test_every_truncation_is_refused(folder, content):
+    for length in range(len(content)):
+        assert assert_refused_or_whole(folder, content[:length])
+
+
+def test_every_flipped_byte_is_refused_or_harmless(folder, content):
+    """Harmless are a few bytes of padding and the case of a hexadecimal digit; nothing of the state."""
+    harmless = 0
+    for position in range(len(content)):
+        for bit in (0, 3, 5, 7):
+            changed = bytearray(content)
+            changed[position] ^= 1 << bit
+            harmless += not assert_refused_or_whole(folder, bytes(changed))
+    assert harmless < 0.01 * 4 * len(content)
+
+
+@given(st.data())
+def test_mutations_are_refused_or_harmless(folder, content, data):
+    start = data.draw(st.integers(0, len(content)))
+    end = data.draw(st.integers(start, min(start + 40, len(content))))
+    assert_refused_or_whole(folder, content[:start] + data.draw(st.binary(max_size=40)) + content[end:])
+
+
+@given(st.binary(max_size=300))
+def test_garbage_is_refused(folder, garbage):
+    assert assert_refused_or_whole(folder, garbage)
+
+
+def test_a_safetensors_file_of_others_is_refused(tmp_path):
+    for metadata in (None, {"format": "pt"}, {"record": "{}", "identity": "{}", "checksum": "0"}):
+        save_file({"weight": torch.ones(3)}, tmp_path / CHECKPOINT, metadata)
+        with pytest.raises(ValueError, match="is no checkpoint of this package, or is damaged"):
+            restore(tmp_path)
+
+
+def test_a_whole_file_that_does_not_fit_the_run_is_refused(tmp_path):
+    saved(tmp_path)
+
+    class Other(Notes):
+        def load_state(self, tensors, record):
+            return tensors["moments"]
+
+    with pytest.raises(ValueError, match="does not fit this run: 'moments'"):
+        RunState(tmp_path, IDENTITY, resume=True).restore(Other())
+
+
+def test_another_identity_is_listed(tmp_path):
+    saved(tmp_path)
+    state = RunState(tmp_path, {"seed": 4, "gamma": 0.1, "precision": "fp32"}, resume=True)
+    differences = "bottleneck was 'pool' and is now None; precision was None and is now 'fp32'; seed was 3 and is now 4"
+    with pytest.raises(ValueError, match=f"belongs to another run: {differences}$"):
+        state.restore(Notes())
+
+
+def test_a_failed_write_leaves_the_old_checkpoint_whole(tmp_path, monkeypatch):
+    path = saved(tmp_path)
+
+    def fail(tensors, target, metadata):
+        Path(target).write_bytes(b"half a che")
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr("ffw_fast.run_state.save_file", fail)
+    with pytest.raises(OSError, match="No space left"):
+        RunState(tmp_path, IDENTITY, resume=True).save(Notes())
+    assert path.exists()
+    assert_whole(restore(tmp_path))
+
+
+def test_a_checkpoint_holds_no_code(tmp_path):
+    """Tensors and JSON: it can be read without this package."""
+    with safe_open(saved(tmp_path), framework="pt") as file:
+        texts = file.metadata()
+    assert sorted(texts) == ["checksum", "identity", "record"]
+    assert json.loads(texts["identity"]) == {"format": 1, **IDENTITY}
+
+
+def test_without_a_folder_nothing_is_written():
+    state = RunState(None, IDENTITY, resume=False)
+    state.save(Notes())
+    assert not state.restore(Notes())
+
+
+def test_digest_tells_bits_shapes_dtypes_and_numbers_of_tensors():
+    x = torch.arange(6.0)
+    others = (x.view(2, 3), x.double(), x.view(torch.int32), -x, x[:5], torch.tensor(0.0), torch.empty(0))
+    assert len({digest(tensor) for tensor in (x, *others)}) == 1 + len(others)
+    assert digest(x, x) != digest(x)
+    assert digest(x.view(2, 3).T) == digest(x.view(2, 3).T.contiguous())
+    assert digest(torch.tensor([0.0])) != digest(torch.tensor([-0.0]))
