@@ -10,7 +10,7 @@ BUILD_INPUTS := setup.py pyproject.toml MANIFEST.in $(shell find csrc -type f)
 venv: .venv/installed
 
 demo: venv
-	$(BIN)/ffw-fast run multi-color-mnist --out runs/demo
+	$(BIN)/ffw-fast run multi-color-mnist --schedule adaptive --gamma 1 --out runs/demo
 
 test: venv
 	$(BIN)/ruff check .

@@ -1,6 +1,7 @@
 """The fast loop against the reference, and what ``extract`` promises."""
 
 import copy
+import itertools
 
 import pytest
 import torch
@@ -53,7 +54,7 @@ def test_whole_published_schedule_ends_by_temperature_and_debiases():
     found = extract(network(), train, val, **SETTINGS, seed=3)
     temperatures = [row["temperature"] for row in found.history]
     assert temperatures[0] == 1 and temperatures[-1] == pytest.approx(1e-8) and len(temperatures) < 200
-    assert all(after in (before, pytest.approx(before / 10)) for before, after in zip(temperatures, temperatures[1:]))
+    assert all(after in (before, pytest.approx(before / 10)) for before, after in itertools.pairwise(temperatures))
     assert found.metrics["vanilla"]["bias_accuracy"][0] > 0.8
     assert found.metrics["best"]["bias_accuracy"][0] < found.metrics["vanilla"]["bias_accuracy"][0]
     judged = [row for row in found.history if "pruned_bias_accuracy" in row]
