@@ -82,6 +82,7 @@ def convolutions(draw):
     return dims, (in_channels, out_channels, kernel, *rest)
 
 
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
 @given(convolutions(), st.sampled_from(GATES), st.sampled_from((0.2, 1.0, 30.0)), st.booleans())
 def test_convolution_takes_every_argument_of_the_dense_one(convolution, gate, temperature, training):
     dims, arguments = convolution
@@ -497,8 +498,11 @@ def test_transformers_in_eval_mode_use_their_gates():
         with torch.no_grad():
             given = model(x, **arguments)
         expected = dense.train()(x, **arguments)  # without dropout the same function, by the ordinary path
-        torch.testing.assert_close(given[0], expected[0], rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(given[1, :3], expected[1, :3], rtol=1e-4, atol=1e-5)
+        for result in (given, model(x, **arguments)):
+            torch.testing.assert_close(result[0], expected[0], rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(result[1, :3], expected[1, :3], rtol=1e-4, atol=1e-5)
+        model(x, **arguments).square()[0, :3].sum().backward()
+    assert all(layer.scores.grad.any() for layer in masked_layers(model).values())
 
 
 def tied():

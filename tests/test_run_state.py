@@ -19,9 +19,9 @@ from tests.tiny import arguments, network, samples
 
 RUNS = [
     {"schedule": "published"},
-    {"schedule": "adaptive", "anneal_rate": 5e-3},
+    {"schedule": "adaptive", "anneal_rate": 2e-6},
     {"schedule": "published", "gate": "bernoulli"},
-    {"schedule": "adaptive", "gate": "concrete", "anneal_rate": 5e-3},
+    {"schedule": "adaptive", "gate": "concrete", "anneal_rate": 2e-6},
 ]
 EPOCHS = 6
 
