@@ -56,9 +56,14 @@ def _products(dtype: torch.dtype) -> list[Callable[[], Any]]:
     """The same matrix product by each library that PyTorch has for it."""
     a, b = (torch.randn(MATRIX, MATRIX).to(dtype) for _ in range(2))
     found: list[Callable[[], Any]] = [lambda: a @ b]
-    if torch.backends.mkldnn.is_available():
+    if torch.backends.mkldnn.is_available() and (dtype == torch.float32 or has_fast_bf16()):
         found.append(lambda: torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], ""))
     return found
+
+
+def has_fast_bf16() -> bool:
+    """Whether this processor multiplies bfloat16 in hardware, so that ``precision="bf16"`` can pay."""
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def _copy_rate(repeats: int) -> float:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from ffw_fast.benchmarks.machine import Rates, measure_rates, record, seconds
+from ffw_fast.benchmarks.machine import Rates, has_fast_bf16, measure_rates, record, seconds
 from rich.console import Console
 from rich.table import Table
 from torch import nn
@@ -204,7 +204,13 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="ffw-fast bench table8", description=__doc__.split("\n")[0])
     parser.add_argument("--steps", type=int, default=6, help="minibatches that every part is measured on (default: 6)")
     parser.add_argument("--only", nargs="*", default=[], help="names of workloads, or parts of them (default: all)")
-    parser.add_argument("--precision", nargs="*", default=["fp32", "bf16"], choices=["fp32", "bf16"])
+    parser.add_argument(
+        "--precision",
+        nargs="*",
+        default=["fp32", "bf16"] if has_fast_bf16() else ["fp32"],
+        choices=["fp32", "bf16"],
+        help="default: fp32, and bf16 where the processor has instructions for it",
+    )
     parser.add_argument("--json", type=Path, help="write the figures, with machine and versions, to this file")
     options = parser.parse_args(arguments)
     precisions = tuple(options.precision)

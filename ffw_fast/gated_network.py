@@ -113,7 +113,7 @@ class GatedNetwork:
 
     def __init__(self, model: nn.Module, bottleneck: str, kind: GateKind, seed: int, example: Tensor) -> None:
         frozen = copy.deepcopy(model).to(example.device).eval().requires_grad_(False)
-        self.module = simplified(frozen, lambda network: outputs_of(network, bottleneck, example))
+        self.module = simplified(frozen, bottleneck, lambda network: outputs_of(network, bottleneck, example))
         layers = maskable_layers(self.module)
         self.gates = FlatGates({name: layer.weight.detach() for name, layer in layers.items()}, kind, seed)
         gradients = self.gates.views(self.gates.grad)

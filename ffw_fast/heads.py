@@ -83,8 +83,8 @@ class PrivateHeads:
             rows = [epoch_order(len(features), self.seed, HEAD_EPOCHS, epoch) for epoch in chunk]
             losses = self._fit(features, labels, torch.stack(rows).to(features.device), plateau, self.batch_size)
             self.epochs += int(losses.isfinite().sum())
-            if not losses[0].isfinite():
-                raise FloatingPointError(f"the private head's loss is {losses[0].item()} in its epoch {self.epochs}")
+            if not losses[0].isfinite() or not self.weight.isfinite().all():
+                raise FloatingPointError(f"a private head's loss is no longer finite, by its epoch {self.epochs}")
         return self.epochs - start
 
     def _no_plateau(self) -> Tensor:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -42,7 +43,9 @@ class GatedAdam(torch.optim.Optimizer):
         weight_decay: float = WEIGHT_DECAY,
         anneal_rate: float | None = None,
     ) -> None:
-        if not 0 < lr < math.inf or not all(0 <= beta < 1 for beta in betas) or eps <= 0 or weight_decay < 0:
+        if not (0 < lr < math.inf and 0 < eps < math.inf and 0 <= weight_decay < math.inf) or not all(
+            0 <= beta < 1 for beta in betas
+        ):
             raise ValueError(
                 f"expected lr > 0, betas in [0, 1), eps > 0 and weight_decay >= 0, "
                 f"got lr={lr}, betas={betas}, eps={eps}, weight_decay={weight_decay}"
@@ -113,6 +116,15 @@ class GatedAdam(torch.optim.Optimizer):
         )
         flat.temperature.copy_(next_temperature)
         flat.draw.copy_(next_draw)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Refused after the start: gates stand behind gated weights, and are given to the constructor."""
+        if any(gated not in self._gates for gated in param_group["params"]):
+            raise ValueError("GatedAdam takes all its FlatGates in its constructor and no further parameters")
+        super().add_param_group(param_group)
+
+    def __deepcopy__(self, _memo: dict) -> Self:
+        raise TypeError("GatedAdam cannot be copied: build one on the copied FlatGates and load its state_dict")
 
     def start(self) -> None:
         """Create the moments, zero, before the first step; a checkpoint is loaded into them."""

@@ -28,6 +28,7 @@ from ffw_fast.modules import flat_offsets, maskable_layers
 from ffw_fast.ops import joint_distribution, joint_information
 from ffw_fast.plateau import Plateau
 from ffw_fast.progress import Progress, make_progress
+from ffw_fast.run_state import RunState
 from ffw_fast.schedule import LARGEST_FALL, STEPS_OF_SCORES, judging_shift, make_schedule
 from ffw_fast.seeding import epoch_order
 from ffw_fast.settings import PRECISIONS, Settings
@@ -56,6 +57,7 @@ def extract(
         raise ValueError("the reference keeps no checkpoints and cannot resume; use ffw_fast.extract")
     checked = Settings(**settings)
     train, val, width = prepare(model, train, val, checked)
+    RunState(run_dir, {}, resume=False)  # a folder that cannot be written is refused before any work
     where = torch.device(device) if device is not None else next(model.parameters()).device
     run = Reference(checked, model, train.to(where), val.to(where), width, where, quirks)
     with make_progress(progress) as shown:

