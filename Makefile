@@ -5,7 +5,7 @@ TORCH ?= torch==2.13.0
 BIN := .venv/bin
 BUILD_INPUTS := setup.py pyproject.toml MANIFEST.in $(shell find csrc -type f)
 
-.PHONY: venv demo test clean
+.PHONY: venv demo test gpu-check clean
 
 venv: .venv/installed
 
@@ -15,7 +15,11 @@ demo: venv
 test: venv
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -m 'not (ladder and slow)'
+
+# All proofs of the GPU kernels that need no GPU; needs nvcc for some, and takes long.
+gpu-check: venv
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -m ladder
 
 clean:
 	rm -rf .venv build dist runs *.egg-info ffw_fast/*.so

@@ -43,3 +43,10 @@ def restore_threads() -> Iterator[None]:
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The proofs of GPU kernels without a GPU are a ladder of their own: ``make gpu-check`` runs all of it."""
+    for item in items:
+        if item.path.parent.name in ("cuda", "kernels"):
+            item.add_marker("ladder")
