@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from ffw_fast import ops  # noqa: F401  (defines the operators, which must come before their implementations)
+from ffw_fast import fft_conv, ops  # noqa: F401  (defines the operators, which must come before their implementations)
 
 BACKENDS = ("auto", "cpp", "torch")
 _BACKEND_VARIABLE = "FFW_FAST_BACKEND"
@@ -30,6 +30,8 @@ _OPERATORS = (
     "mutual_information",
     "mutual_information_backward",
     "fit_linear_head_",
+    "fft_conv2d",
+    "fft_conv2d_backward",
 )
 
 

@@ -28,7 +28,7 @@ from ffw_fast.workloads import WORKLOADS, Workload
 DEFAULT = "(default: %(default)s)"
 PIPE_WIDTH = 160
 INTERRUPTED = 130  # the customary exit code after Ctrl-C
-BENCHMARKS = ("table8",)
+BENCHMARKS = ("table8", "fft_conv")
 ERRORS = (ValueError, TypeError, OSError, ImportError, FloatingPointError)
 EXTRACTION_OPTIONS = (
     "gamma", "alpha", "gate", "granularity", "schedule", "anneal_rate", "max_epochs", "batch_size", "precision"

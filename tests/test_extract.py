@@ -9,6 +9,9 @@ import torch
 from ffw_fast import reference
 from ffw_fast.extract import extract
 from ffw_fast.extraction import Extraction
+from ffw_fast.fft_conv import FftConv2d, has_compiled_kernel
+from ffw_fast.gated_network import GatedNetwork
+from ffw_fast.gates import GateKind
 from tests.toy import BOTTLENECK, CLASSES, biased_set, network
 
 SETTINGS = {"bottleneck": BOTTLENECK, "num_bias_classes": CLASSES, "batch_size": 50, "progress": False}
@@ -43,6 +46,28 @@ def test_fast_and_reference_find_the_same_scores(biases, norm, schedule):
 @pytest.mark.parametrize("gate", ["hard", "bernoulli", "concrete"])
 def test_every_gate_kind_is_held_to_the_reference(gate):
     assert_held_together(*both(1, True, gate=gate, max_epochs=3))
+
+
+def test_fft_convolutions_are_held_to_the_reference():
+    """Large kernels go through FFTs in the fast loop, and through direct convolutions in the reference."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = torch.nn.Sequential()
+        model.conv1 = torch.nn.Conv2d(3, 8, 7, padding=3)
+        model.norm1, model.relu1 = torch.nn.BatchNorm2d(8), torch.nn.ReLU()
+        model.conv2 = torch.nn.Conv2d(8, 64, 7, padding=3)
+        model.norm2, model.relu2 = torch.nn.BatchNorm2d(64), torch.nn.ReLU()
+        model.conv3 = torch.nn.Conv2d(64, 64, 7, padding=3)
+        model.norm3, model.tanh = torch.nn.BatchNorm2d(64), torch.nn.Tanh()
+        model.pool, model.flatten = torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten()
+        model.classifier = torch.nn.Linear(64, CLASSES)
+    model.eval()
+    train, val = biased_set(70, 1, 1), biased_set(40, 1, 2)
+    if has_compiled_kernel():
+        fast = GatedNetwork(model, BOTTLENECK, GateKind.FFW, 0, train[0][:4])
+        assert any(isinstance(layer, FftConv2d) for layer in fast.module.modules())
+    arguments = {**SETTINGS, "max_epochs": 2}
+    assert_held_together(extract(model, train, val, **arguments), reference.extract(model, train, val, **arguments))
 
 
 def test_adaptive_random_gates_are_held_to_the_reference():

@@ -1,0 +1,262 @@
+"""The machine code of the CUDA kernels against budgets; needs nvcc, no GPU.
+
+``python -m benchmarks.cuda_code`` compiles ``csrc/cuda`` for sm_80 and sm_90 and prints, for every kernel: registers,
+shared memory a block, local memory, 16-byte loads and stores, FP64 instructions and subroutines, and how many
+blocks an A100 holds at a time. It ends with an error where a budget is not kept. Nothing here is a speed.
+"""
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from importlib import util
+from pathlib import Path
+
+CSRC = Path(__file__).parents[1] / "csrc" / "cuda"
+ARCHITECTURES = ("80", "90")
+STRICT = "-warn-spills,-warn-lmem-usage,-warn-double-usage,-Werror"
+
+# One multiprocessor of an A100.
+REGISTERS = 65536
+REGISTER_UNIT = 256  # registers are given to warps in such units
+SHARED_MEMORY = 164 * 1024
+RESERVED_SHARED_MEMORY = 1024  # of every block
+THREADS = 2048
+BLOCKS = 32
+
+_INSTANCES = """
+#include "gate.cuh"
+#include "gated_adam.cuh"
+#include "linear_head.cuh"
+#include "mutual_information.cuh"
+namespace ffw::cuda {
+template void launch_gate_weight(GateWeightArguments<float, float>, Kind, cudaStream_t);
+template void launch_gate_weight(GateWeightArguments<__half, float>, Kind, cudaStream_t);
+template void launch_gate_weight(GateWeightArguments<__nv_bfloat16, float>, Kind, cudaStream_t);
+template void launch_gate_weight_backward(GateWeightBackwardArguments<float, float>, Kind, cudaStream_t);
+template void launch_gate_weight_backward(GateWeightBackwardArguments<__half, float>, Kind, cudaStream_t);
+template void launch_gate_weight_backward(GateWeightBackwardArguments<__nv_bfloat16, float>, Kind, cudaStream_t);
+template void launch_gated_adam(GatedAdamArguments<float, float>, Kind, cudaStream_t);
+template void launch_gated_adam(GatedAdamArguments<__half, float>, Kind, cudaStream_t);
+template void launch_gated_adam(GatedAdamArguments<__nv_bfloat16, float>, Kind, cudaStream_t);
+template void launch_fit_linear_head(HeadArguments<float>, cudaStream_t);
+template void launch_mutual_information(InformationArguments<float>, cudaStream_t);
+template void launch_mutual_information(InformationArguments<__half>, cudaStream_t);
+template void launch_mutual_information(InformationArguments<__nv_bfloat16>, cudaStream_t);
+template void launch_mutual_information_backward(const InformationBackwardArguments<float>&, cudaStream_t);
+template void launch_mutual_information_backward(const InformationBackwardArguments<__half>&, cudaStream_t);
+template void launch_mutual_information_backward(const InformationBackwardArguments<__nv_bfloat16>&, cudaStream_t);
+}
+"""
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What a kernel may use: blocks an A100 must hold at a time, and the 16-byte accesses that it must have."""
+
+    threads: int
+    blocks: int
+    shared: int = 0
+    loads: int = 0
+    stores: int = 0
+
+
+def head_shared_memory(width: int = 512, classes: int = 10, chunk: int = 100) -> int:
+    """Bytes a block of ``fit_linear_head_`` takes; the default is ResNet18's bottleneck."""
+    padded = -(-classes // 4) * 4
+    return 4 * (chunk * (padded + 1) + 2 * classes + 2 * classes * width) + 8 * chunk + 12
+
+
+_ADAM_SHARED = 48 + 48 + 8 * 4 + 4  # GatedAdamShared<float>, at most
+BUDGETS = {
+    "gate_weight float": Budget(256, 5, loads=2, stores=1),
+    "gate_weight half": Budget(256, 5, loads=3, stores=1),
+    "gate_weight bfloat16": Budget(256, 5, loads=3, stores=1),
+    "gate_weight_backward float": Budget(256, 5, loads=3, stores=1),
+    "gate_weight_backward half": Budget(256, 4, loads=4, stores=2),
+    "gate_weight_backward bfloat16": Budget(256, 4, loads=4, stores=2),
+    "gated_adam float": Budget(256, 3, _ADAM_SHARED, loads=5, stores=4),
+    "gated_adam half": Budget(256, 2, _ADAM_SHARED, loads=8, stores=7),
+    "gated_adam bfloat16": Budget(256, 2, _ADAM_SHARED, loads=8, stores=7),
+    # One block a head: it may have a multiprocessor to itself.
+    "fit_linear_head shared": Budget(512, 1, head_shared_memory()),
+    "fit_linear_head weight_shared": Budget(512, 1, 163 * 1024),
+    "fit_linear_head global": Budget(512, 1, 32 * 1024),
+    "mutual_information float": Budget(256, 2, 12 * 1024),
+    "mutual_information half": Budget(256, 2, 12 * 1024),
+    "mutual_information bfloat16": Budget(256, 2, 12 * 1024),
+    "mutual_information_backward float": Budget(256, 4, 4 * 4 * 10),
+    "mutual_information_backward half": Budget(256, 4, 4 * 4 * 10),
+    "mutual_information_backward bfloat16": Budget(256, 4, 4 * 4 * 10),
+}
+
+
+@dataclass
+class Kernel:
+    """What the machine code of one kernel holds."""
+
+    name: str  # with its types, as in BUDGETS
+    variant: str  # the gate's kind, or nothing
+    architecture: str
+    registers: int
+    local_bytes: int
+    loads: int
+    stores: int
+    local_accesses: int
+    fp64: int
+    subroutines: int
+
+    @property
+    def blocks(self) -> int:
+        """Blocks that a multiprocessor of an A100 holds at a time."""
+        budget = BUDGETS[self.name]
+        warps = budget.threads // 32
+        a_warp = -(-self.registers * 32 // REGISTER_UNIT) * REGISTER_UNIT
+        return min(
+            REGISTERS // a_warp // warps,
+            SHARED_MEMORY // (budget.shared + RESERVED_SHARED_MEMORY),
+            THREADS // budget.threads,
+            BLOCKS,
+        )
+
+    def problems(self) -> list[str]:
+        """The budgets that are not kept."""
+        budget = BUDGETS[self.name]
+        found = {
+            f"{self.local_bytes} bytes of stack": self.local_bytes > 0,
+            f"{self.local_accesses} accesses to local memory": self.local_accesses > 0,
+            f"{self.fp64} FP64 instructions": self.fp64 > 0,
+            f"{self.subroutines} subroutines": self.subroutines > 0,
+            f"{self.loads} 16-byte loads, not {budget.loads}": self.loads < budget.loads,
+            f"{self.stores} 16-byte stores, not {budget.stores}": self.stores < budget.stores,
+            f"{self.blocks} blocks a multiprocessor, not {budget.blocks}": self.blocks < budget.blocks,
+        }
+        return [text for text, holds in found.items() if holds]
+
+
+def find_nvcc() -> str | None:
+    """The CUDA compiler, None where there is none."""
+    home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
+    return shutil.which("nvcc") or shutil.which("nvcc", path=f"{home}/bin")
+
+
+def find_cuobjdump() -> str | None:
+    """The disassembler, of the CUDA toolkit or of Triton's wheel."""
+    nvcc, triton = find_nvcc(), util.find_spec("triton")
+    folders = [str(Path(nvcc).parent)] if nvcc else []
+    if triton is not None and triton.origin:
+        folders.append(str(Path(triton.origin).parent / "backends" / "nvidia" / "bin"))
+    return shutil.which("cuobjdump") or shutil.which("cuobjdump", path=os.pathsep.join(folders))
+
+
+def _output(*command: str | Path, **options) -> str:
+    done = subprocess.run([str(word) for word in command], capture_output=True, text=True, **options)
+    if done.returncode != 0:
+        raise RuntimeError(f"{' '.join(map(str, command))}\n{done.stdout}{done.stderr}")
+    return done.stdout
+
+
+def compile_kernels(target: Path, architecture: str, csrc: Path = CSRC) -> None:
+    """All kernels but those of ``double.cu``; spills, local memory and double precision are errors."""
+    nvcc = find_nvcc()
+    assert nvcc is not None
+    flags = ("-std=c++17", "-O3", "-cubin", f"-arch=sm_{architecture}", "-Xptxas", STRICT, "-I", csrc)
+    _output(nvcc, *flags, "-x", "cu", "-", "-o", target, input=_INSTANCES)
+
+
+_KINDS = ("ffw", "hard", "bernoulli", "concrete")
+_PLACEMENTS = ("shared", "weight_shared", "global")
+_TYPES = (("13__nv_bfloat16", "bfloat16"), ("6__half", "half"), ("f", "float"))
+
+
+def _names(mangled: str) -> tuple[str, str]:
+    """Name in BUDGETS and variant, from the mangled name of ffw::cuda::..._kernel<...>."""
+    match = re.match(r"_ZN3ffw4cuda\d+(\w+?)_kernelI(.*?)EEvNS0_", mangled)
+    assert match is not None, mangled
+    base, types = match.groups()
+    kind = re.search(r"4KindE(\d)", types)
+    placement = re.search(r"9PlacementE(\d)", types)
+    if placement:
+        return f"{base} {_PLACEMENTS[int(placement[1])]}", ""
+    rest = types[kind.end() :].removeprefix("E") if kind else types
+    stored = next(name for code, name in _TYPES if rest.startswith(code))
+    return f"{base} {stored}", _KINDS[int(kind[1])] if kind else ""
+
+
+def _subroutines(code: str) -> int:
+    """Bodies that end in a return, as of divisions. Not counted: the body of a shuffle, which stands beside its inline
+    form for warps that have diverged (no barrier or shuffle here is reached by a part of a warp alone)."""
+    instructions = re.findall(r"^\s*/\*[0-9a-f]{4,}\*/\s+(.*?);", code, re.MULTILINE)
+    returns = [i for i, text in enumerate(instructions) if re.search(r"\bRET\b", text)]
+    return sum("SHFL" not in " ".join(instructions[max(0, i - 4) : i]) for i in returns)
+
+
+_FP64 = re.compile(r"\b(D(ADD|MUL|FMA|SETP|MNMX)|DMMA)\b|\.F64|RCP64|RSQ64")
+
+
+def read_kernels(cubin: Path, architecture: str) -> list[Kernel]:
+    """What ``cuobjdump`` says of every kernel in a compiled file."""
+    cuobjdump = find_cuobjdump()
+    assert cuobjdump is not None
+    usage = dict(re.findall(r"Function (\S+):\s*\n\s*(REG:.*)", _output(cuobjdump, "-res-usage", cubin)))
+    kernels = []
+    for section in _output(cuobjdump, "-sass", cubin).split("Function : ")[1:]:
+        mangled, code = section.split("\n", 1)
+        numbers = {key: int(value) for key, value in re.findall(r"(\w+):(\d+)", usage[mangled.strip()])}
+        name, variant = _names(mangled.strip())
+        kernels.append(
+            Kernel(
+                name,
+                variant,
+                architecture,
+                numbers["REG"],
+                numbers["STACK"] + numbers["LOCAL"],
+                len(re.findall(r"\bLDG\.E(?:\.\w+)*?\.128\b", code)),
+                len(re.findall(r"\bSTG\.E(?:\.\w+)*?\.128\b", code)),
+                len(re.findall(r"\b(?:LDL|STL)\b", code)),
+                len(_FP64.findall(code)),
+                _subroutines(code),
+            )
+        )
+    return sorted(kernels, key=lambda kernel: (list(BUDGETS).index(kernel.name), kernel.variant))
+
+
+def table(kernels: list[Kernel]) -> str:
+    """One line a kernel."""
+    heads = ("kernel", "sm", "registers", "shared", "local", "LDG.128", "STG.128", "FP64", "routines")
+    heads += ("blocks/SM", "budget")
+    rows = [heads]
+    for k in kernels:
+        kept = "; ".join(k.problems()) or "kept"
+        counts = (k.registers, BUDGETS[k.name].shared, k.local_bytes, k.loads, k.stores, k.fp64, k.subroutines)
+        planned = f"{k.blocks} (>= {BUDGETS[k.name].blocks})"
+        rows.append((f"{k.name} {k.variant}".strip(), k.architecture, *map(str, counts), planned, kept))
+    widths = [max(len(row[i]) for row in rows) for i in range(len(heads))]
+    lines = ("  ".join(word.ljust(width) for word, width in zip(row, widths, strict=True)) for row in rows)
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--architecture", choices=ARCHITECTURES, action="append", help="default: all of them")
+    architectures = parser.parse_args().architecture or ARCHITECTURES
+    for what, found in (("nvcc", find_nvcc()), ("cuobjdump", find_cuobjdump())):
+        if found is None:
+            print(f"{what} is missing: it comes with the CUDA toolkit, cuobjdump also with Triton", file=sys.stderr)
+            return 2
+    kernels = []
+    with tempfile.TemporaryDirectory() as folder:
+        for architecture in architectures:
+            cubin = Path(folder, f"sm_{architecture}.cubin")
+            compile_kernels(cubin, architecture)
+            kernels += read_kernels(cubin, architecture)
+    print(table(kernels))
+    return 1 if any(kernel.problems() for kernel in kernels) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

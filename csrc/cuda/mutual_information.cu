@@ -1,0 +1,79 @@
+// mutual_information and mutual_information_backward for CUDA tensors; the kernels are in mutual_information.cuh.
+#include "mutual_information.cuh"
+
+#include <tuple>
+
+#include "operator.h"
+
+namespace ffw::cuda {
+namespace {
+
+void check_logits(const Tensor& logits, const Tensor& labels) {
+  check_value(logits.dim() == 3 && labels.dim() == 2 && labels.size(0) == logits.size(0) &&
+                  labels.size(1) == logits.size(1),
+              "expected logits (n, heads, K) and labels (n, heads), got ", shape_text(logits), ", ",
+              shape_text(labels));
+  check_type(is_floating(logits.scalar_type()) && labels.scalar_type() == ScalarType::Long,
+             "expected floating-point logits and int64 labels, got ", dtype_text(logits.scalar_type()), ", ",
+             dtype_text(labels.scalar_type()));
+  check_value(logits.numel() > 0, "mutual information needs at least one sample, head and class, got logits ",
+              shape_text(logits));
+  check_value(logits.size(2) <= 4096, "mutual information of at most 4096 classes, got ", logits.size(2));
+}
+
+template <typename T>
+T inverse_log(int64_t classes) {
+  return static_cast<T>(1 / std::log(static_cast<double>(classes)));
+}
+
+std::tuple<Tensor, Tensor> mutual_information(Tensor logits, Tensor labels) {
+  const OnDevice device({&logits, &labels});
+  check_logits(logits, labels);
+  const Tensor dense_logits = made_contiguous(logits), dense_labels = made_contiguous(labels);
+  const int64_t heads = logits.size(1), classes = logits.size(2);
+  const ScalarType working = working_dtype(logits.scalar_type());
+  const Tensor information = torch::stable::new_empty(dense_logits, {heads}, working);
+  const Tensor joint = torch::stable::new_empty(dense_logits, {heads, classes, classes}, working);
+  for_dtype(logits.scalar_type(), [&](auto logit, auto wide) {
+    using Logit = decltype(logit);
+    using T = decltype(wide);
+    launch_mutual_information<Logit>(
+        {data<T>(information), data<T>(joint), data<Logit>(dense_logits), data<int64_t>(dense_labels), logits.size(0),
+         checked_size("the number of heads", heads), static_cast<int>(classes), 0, inverse_log<T>(classes)},
+        device.stream);
+  });
+  return {information, joint};
+}
+
+Tensor mutual_information_backward(Tensor grad, Tensor logits, Tensor labels, Tensor joint) {
+  const OnDevice device({&grad, &logits, &labels, &joint});
+  check_logits(logits, labels);
+  const int64_t heads = logits.size(1), classes = logits.size(2);
+  check_value(grad.dim() == 1 && grad.size(0) == heads, "grad must be one number a head, got ", shape_text(grad));
+  check_value(joint.dim() == 3 && joint.size(0) == heads && joint.size(1) == classes && joint.size(2) == classes,
+              "joint must be (heads, K, K), got ", shape_text(joint));
+  const ScalarType working = working_dtype(logits.scalar_type());
+  const Tensor dense_grad = as_dense(grad, working), dense_joint = as_dense(joint, working);
+  const Tensor dense_logits = made_contiguous(logits), dense_labels = made_contiguous(labels);
+  Tensor out = torch::stable::empty_like(logits);
+  const Tensor result = out.is_contiguous() ? out : torch::stable::new_empty(dense_logits, logits.sizes());
+  for_dtype(logits.scalar_type(), [&](auto logit, auto wide) {
+    using Logit = decltype(logit);
+    using T = decltype(wide);
+    launch_mutual_information_backward<Logit>(
+        {data<Logit>(result), data<T>(dense_grad), data<Logit>(dense_logits), data<int64_t>(dense_labels),
+         data<T>(dense_joint), logits.size(0), checked_size("the number of heads", heads), static_cast<int>(classes),
+         inverse_log<T>(classes)},
+        device.stream);
+  });
+  if (result.get() != out.get()) torch::stable::copy_(out, result);
+  return out;
+}
+
+}  // namespace
+}  // namespace ffw::cuda
+
+FFW_OPERATORS(m) {
+  m.impl("mutual_information", TORCH_BOX(&ffw::cuda::mutual_information));
+  m.impl("mutual_information_backward", TORCH_BOX(&ffw::cuda::mutual_information_backward));
+}
