@@ -5,7 +5,7 @@ import torch
 
 triton = pytest.importorskip("triton", reason="the Triton kernels need the package triton")
 
-from ffw_fast.kernels import tiles
+from ffw_fast.kernels import tiles  # noqa: E402
 
 HALF = torch.zeros(1, dtype=torch.bfloat16)
 
