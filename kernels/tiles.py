@@ -63,7 +63,7 @@ ARCHITECTURES = {
             "linear ieee": (Tile(64, 64, 16, 8, 2), Tile(32, 32, 16, 4, 2)),
             "conv half": (Tile(64, 64, 32, 8, 2), Tile(64, 32, 16, 4, 3)),
             "conv tf32": (Tile(64, 64, 16, 4, 3), Tile(64, 32, 16, 4, 3)),
-            "conv ieee": (Tile(64, 64, 16, 8, 2), Tile(32, 32, 16, 4, 2)),
+            "conv ieee": (Tile(64, 32, 16, 4, 2), Tile(32, 32, 16, 4, 2)),
         },
     ),
     90: Architecture(

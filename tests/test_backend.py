@@ -66,7 +66,7 @@ def test_info_of_this_process(compiled):
     assert info["cpu"]["why_not"] is None
     assert info["cpu"]["instruction_set"] in ("baseline", "avx2", "avx512")
     assert "gate_weight" in info["cpu"]["operators"]
-    assert len(info["cpu"]["operators"]) == 6
+    assert {"fit_linear_head_", "fft_conv2d"} < set(info["cpu"]["operators"])
     assert info["cuda"]["loaded"] or info["cuda"]["why_not"]
 
 

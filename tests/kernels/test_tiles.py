@@ -3,9 +3,10 @@
 import pytest
 import torch
 
-triton = pytest.importorskip("triton", reason="the Triton kernels need the package triton")
+pytest.importorskip("triton", reason="the Triton kernels need the package triton")
 
-from ffw_fast.kernels import tiles  # noqa: E402
+import triton
+from ffw_fast.kernels import tiles
 
 HALF = torch.zeros(1, dtype=torch.bfloat16)
 
