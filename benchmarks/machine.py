@@ -45,10 +45,10 @@ def times(run: Callable[[], Any], repeats: int, warmup: int = 1) -> list[float]:
 def measure_rates(repeats: int = 7) -> Rates:
     """The best of several runs: a floor is what the machine can do, not what it did while it was disturbed."""
     work = 2 * MATRIX**3
-    slow = repeats if has_fast_bf16() else 1  # without instructions for it a product takes seconds
+    bf16_repeats = repeats if has_fast_bf16() else 1  # without instructions for it a product takes seconds
     return Rates(
         fp32=work / min(min(times(product, repeats)) for product in _products(torch.float32)),
-        bf16=work / min(min(times(product, slow)) for product in _products(torch.bfloat16)),
+        bf16=work / min(min(times(product, bf16_repeats)) for product in _products(torch.bfloat16)),
         copy=_copy_rate(repeats),
     )
 

@@ -8,9 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ffw_fast.gated_network import EVALUATION_BATCH
 from ffw_fast.inputs import as_samples
-
-EVALUATION_BATCH = 500
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ffw_fast.data.samples import Samples
-from ffw_fast.gated_network import bottleneck_module
+from ffw_fast.gated_network import EVALUATION_BATCH, bottleneck_module
 from ffw_fast.heads import PrivateHeads
 from ffw_fast.inputs import prepare
 from ffw_fast.measure import accuracy
@@ -16,7 +16,6 @@ from ffw_fast.seeding import epoch_order
 from ffw_fast.settings import Settings
 
 LR = 1e-3
-EVALUATION_BATCH = 500
 FINETUNE_EPOCHS = "finetune epoch"  # the stream of orders in which samples are visited
 
 

@@ -31,7 +31,7 @@ from ffw_fast.extraction import (
     sparsity,
     write_json,
 )
-from ffw_fast.gated_network import outputs_of
+from ffw_fast.gated_network import EVALUATION_BATCH, outputs_of
 from ffw_fast.heads import PrivateHeads
 from ffw_fast.measure import measure
 from ffw_fast.ops import joint_distribution, joint_information
@@ -49,7 +49,6 @@ RESULTS = (CHECKPOINT, SCORES, BEST_SCORES, MODEL, METRICS, HISTORY)  # of one e
 STAGING = ".writing-"
 MAY_DIFFER = ("settings", "max_epochs", "samples", "device", "versions", "machine", "backend")  # between resumed runs
 SHUFFLES = 10  # of the labels, for the floor of the MI
-EVALUATION_BATCH = 500
 
 
 @dataclass(frozen=True)
