@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 
 from ffw_fast.data.samples import Samples
 from ffw_fast.gated_network import EVALUATION_BATCH, bottleneck_module
@@ -72,12 +73,15 @@ def finetune(
         for batch in rows.split(settings.batch_size):
             optimizer.zero_grad()
             features, logits = reader(train.x[batch])
-            head_logits = heads.logits(features)
-            loss, _, _ = objective(logits, train.y[batch], head_logits, train.b[batch], settings.alpha, gamma)
+            y, b = train.y[batch], train.b[batch]
+            if gamma > 0:
+                loss, _, _ = objective(logits, y, heads.logits(features), b, settings.alpha, gamma)
+            else:
+                loss = settings.alpha * cross_entropy(logits, y)
             loss.backward()
             optimizer.step()
-            if gamma > 0:
-                heads.step(features, train.b[batch])
+            if gamma > 0:  # after the backward pass, which reads the heads as they were
+                heads.step(features, b)
         reached = reader.accuracy(val)
         if reached > best_accuracy:
             best, best_accuracy = copy.deepcopy(network.state_dict()), reached
