@@ -169,7 +169,7 @@ def compare_network(batch: int, size: int, repeats: int) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
-        description="SimpleConvNet's convolutions by FFT against oneDNN, float32"
+        prog="ffw-fast bench fft_conv", description="SimpleConvNet's convolutions by FFT against oneDNN, float32"
     )
     parser.add_argument("--batch", type=int, default=100)
     parser.add_argument("--size", type=int, default=28, help="height and width of the images")

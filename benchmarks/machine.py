@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from statistics import median
-from typing import Any
+from typing import Any, Self
 
 import torch
 
@@ -18,11 +18,19 @@ class Rates:
     """Rates of this machine: FLOP/s of matrix products by dtype, and bytes/s read plus written of a copy."""
 
     fp32: float
-    bf16: float
+    bf16: float  # 0 where it was not measured
     copy: float
 
     def matrix(self, precision: str) -> float:
         return self.bf16 if precision == "bf16" else self.fp32
+
+    def best(self, other: Self) -> Self:
+        """Of two measurements the higher rates: a disturbance only ever lowers them."""
+        return type(self)(max(self.fp32, other.fp32), max(self.bf16, other.bf16), max(self.copy, other.copy))
+
+    def __str__(self) -> str:
+        bf16 = f", {self.bf16 / 1e9:.0f} bf16" if self.bf16 else ""
+        return f"matrix rate {self.fp32 / 1e9:.0f} GFLOP/s fp32{bf16}; copy {self.copy / 1e9:.1f} GB/s"
 
 
 def seconds(run: Callable[[], Any], repeats: int, warmup: int = 1) -> float:
@@ -42,14 +50,18 @@ def times(run: Callable[[], Any], repeats: int, warmup: int = 1) -> list[float]:
     return result
 
 
-def measure_rates(repeats: int = 7) -> Rates:
-    """The best of several runs: a floor is what the machine can do, not what it did while it was disturbed."""
+def measure_rates(repeats: int = 7, bf16: bool = True) -> Rates:
+    """The best of several runs: a floor is what the machine can do, not what it did while it was disturbed.
+
+    Args:
+        bf16: whether to measure bfloat16, too, which takes seconds where the processor has no instructions for it.
+    """
     work = 2 * MATRIX**3
-    bf16_repeats = repeats if has_fast_bf16() else 1  # without instructions for it a product takes seconds
+    bf16_repeats = repeats if has_fast_bf16() else 1
     return Rates(
         fp32=work / min(min(times(product, repeats)) for product in _products(torch.float32)),
-        bf16=work / min(min(times(product, bf16_repeats)) for product in _products(torch.bfloat16)),
-        copy=_copy_rate(repeats),
+        bf16=work / min(min(times(product, bf16_repeats)) for product in _products(torch.bfloat16)) if bf16 else 0,
+        copy=copy_rate(COPY_BYTES, repeats),
     )
 
 
@@ -67,10 +79,11 @@ def has_fast_bf16() -> bool:
     return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
-def _copy_rate(repeats: int) -> float:
-    source = torch.randn(COPY_BYTES // 4)
+def copy_rate(size: int, repeats: int = 7) -> float:
+    """Bytes/s read plus written of a copy of so many bytes; small ones are copied within the caches."""
+    source = torch.randn(max(1, size // 4))
     target = torch.empty_like(source)
-    return 2 * COPY_BYTES / min(times(lambda: target.copy_(source), repeats))
+    return 2 * 4 * len(source) / min(times(lambda: target.copy_(source), repeats))
 
 
 def describe() -> dict[str, Any]:

@@ -2,60 +2,37 @@
 
 The parts of an epoch (a step of the gates, the features of the training set, an epoch of the heads, an evaluation) are
 measured on networks, image sizes and batch sizes of the paper, on random images. What they add up to for the paper's
-whole job is multiplied out, and stands in columns of its own: ``epochs`` epochs of the gates and ``head_epochs`` epochs
+whole job is multiplied out, and stands in columns of its own: ``EPOCHS`` epochs of the gates and ``HEAD_EPOCHS`` epochs
 of the heads in each refit, the same for both sides. The floor is the FLOPs of the same work over the matrix rate plus
-the optimizer's bytes over the copy bandwidth, both measured in the same run; activations are counted as free.
+the optimizer's bytes over the copy bandwidth, both measured in the same run, before and after every workload, of which
+the best stands; activations are counted as free. ``--whole`` also runs one extraction from start to end, both ways:
+``ffw_fast.benchmarks.whole``.
 """
 
 import argparse
 import json
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from ffw_fast.benchmarks.jobs import Job, chosen_jobs, random_samples
 from ffw_fast.benchmarks.machine import Rates, has_fast_bf16, measure_rates, record, seconds
-from rich.console import Console
+from ffw_fast.benchmarks.whole import run_whole, whole_table
 from rich.table import Table
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from ffw_fast.data.samples import Samples
 from ffw_fast.extract import GATE_EPOCHS, Loop
-from ffw_fast.models import MLP, ResNet18, SimpleConvNet
 from ffw_fast.reference import Reference
 from ffw_fast.seeding import epoch_order
 from ffw_fast.settings import Settings
+from ffw_fast.summary import print_table
 
 EPOCHS = 100  # of the gates; the published schedule took 92 to 160 on Multi-Color MNIST
 HEAD_EPOCHS = 25  # in a refit; the published code was seen to take 17 to 68
 ADAM_BYTES = 36  # a weight: w, dJ/dv, m and two moments read; v, m and two moments written
-
-
-@dataclass(frozen=True)
-class Job:
-    """One row of the paper's Table 8."""
-
-    name: str
-    network: Callable[[], nn.Module]
-    bottleneck: str
-    image: tuple[int, int, int]
-    classes: int
-    biases: int
-    train: int
-    val: int
-    paper_seconds: int
-    batch_size: int = 100
-
-
-JOBS = (
-    Job("Biased-MNIST", SimpleConvNet, "flatten", (3, 28, 28), 10, 1, 36000, 12000, 12000),
-    Job("CelebA", lambda: ResNet18(2), "flatten", (3, 224, 224), 2, 1, 437, 291, 4500),
-    Job("Corrupted CIFAR-10", lambda: ResNet18(10), "flatten", (3, 32, 32), 10, 1, 6000, 2000, 3120),
-    Job("Multi-Color MNIST", MLP, "relu3", (3, 28, 28), 10, 2, 6000, 2000, 1320),
-)
 
 
 @dataclass(frozen=True)
@@ -78,13 +55,6 @@ class Parts:
         """As published: every head epoch a pass of the network (it is in ``head_epoch``), two sets evaluated."""
         steps = -(-job.train // job.batch_size)
         return steps * self.gate_step + (job.train + job.val) * self.feature_sample + HEAD_EPOCHS * self.head_epoch
-
-
-def random_samples(job: Job, count: int) -> Samples:
-    source = torch.Generator().manual_seed(0)
-    x = torch.randn(count, *job.image, generator=source)
-    y = torch.randint(job.classes, (count,), generator=source)
-    return Samples(x, y, torch.randint(job.classes, (count, job.biases), generator=source))
 
 
 def settings_of(job: Job, precision: str) -> Settings:
@@ -150,20 +120,26 @@ def feature_width(job: Job, model: nn.Module) -> int:
     return widths[0]
 
 
-def run_job(job: Job, rates: Rates, steps: int, precisions: tuple[str, ...]) -> dict[str, Any]:
-    """Everything about one workload."""
+def measure_job(job: Job, steps: int, precisions: tuple[str, ...]) -> dict[str, Any]:
+    """The parts of one workload, in the reference and in ``ffw_fast``."""
     model = job.network().eval()
     row: dict[str, Any] = {"workload": job.name, "paper_seconds": job.paper_seconds, "steps_measured": steps}
-    reference = measure_reference(job, model, steps, "fp32")
-    row["reference"] = asdict(reference) | {"epoch": reference.reference_epoch(job)}
+    row["reference"] = measure_reference(job, model, steps, "fp32")
+    return row | {precision: measure_fast(job, model, steps, precision) for precision in precisions}
+
+
+def multiplied_out(job: Job, parts: dict[str, Any], rates: Rates, precisions: tuple[str, ...]) -> dict[str, Any]:
+    """One row of the table: the measured parts, what they add up to, and the floor at the given rates."""
+    reference = parts["reference"].reference_epoch(job)
+    row = {**parts, "reference": asdict(parts["reference"]) | {"epoch": reference}}
     for precision in precisions:
-        fast, least = measure_fast(job, model, steps, precision), floor(job, job.network().eval(), rates, precision)
-        epoch = fast.fast_epoch(job)
-        row[precision] = asdict(fast) | {
+        epoch = parts[precision].fast_epoch(job)
+        least = floor(job, job.network().eval(), rates, precision).fast_epoch(job)
+        row[precision] = asdict(parts[precision]) | {
             "epoch": epoch,
-            "ratio_to_reference": reference.reference_epoch(job) / epoch,
-            "floor_epoch": least.fast_epoch(job),
-            "ratio_to_floor": epoch / least.fast_epoch(job),
+            "ratio_to_reference": reference / epoch,
+            "floor_epoch": least,
+            "ratio_to_floor": epoch / least,
             "job_seconds": EPOCHS * epoch,
         }
     return row
@@ -212,21 +188,26 @@ def main(arguments: list[str] | None = None) -> None:
         help="default: fp32, and bf16 where the processor has instructions for it",
     )
     parser.add_argument("--json", type=Path, help="write the figures, with machine and versions, to this file")
-    options = parser.parse_args(arguments)
-    precisions = tuple(options.precision)
-    console, rates = Console(), measure_rates()
-    rows = []
-    for job in JOBS:
-        if not options.only or any(part.lower() in job.name.lower() for part in options.only):
-            console.print(f"{job.name} ...", style="dim")
-            rows.append(run_job(job, rates, options.steps, precisions))
-    console.print(table(rows, precisions))
-    console.print(
-        f"matrix rate {rates.fp32 / 1e9:.0f} GFLOP/s fp32, {rates.bf16 / 1e9:.0f} bf16; "
-        f"copy {rates.copy / 1e9:.1f} GB/s"
+    parser.add_argument(
+        "--whole", action="store_true", help="also run Multi-Color MNIST whole, on the shipped digits, both ways"
     )
+    options = parser.parse_args(arguments)
+    precisions, jobs = tuple(options.precision), chosen_jobs(options.only)
+    rates = measure_rates(bf16="bf16" in precisions)
+    measured = []
+    for job in jobs:
+        print(f"{job.name} ...", flush=True)
+        measured.append(measure_job(job, options.steps, precisions))
+        rates = rates.best(measure_rates(bf16="bf16" in precisions))
+    rows = [multiplied_out(job, parts, rates, precisions) for job, parts in zip(jobs, measured, strict=True)]
+    results = {"machine": record(rates), "rows": rows}
+    print_table(table(rows, precisions))
+    print(rates)
+    if options.whole:
+        results["whole"] = run_whole()
+        print_table(whole_table(results["whole"]))
     if options.json:
-        options.json.write_text(json.dumps({"machine": record(rates), "rows": rows}, indent=2) + "\n")
+        options.json.write_text(json.dumps(results, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -8,11 +8,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeAlias
 
-from rich import box
-from rich.console import Console
-from rich.table import Table
-
 from ffw_fast.backend import backend_info
+from ffw_fast.benchmarks import BENCHES
 from ffw_fast.compare import compare, comparison_table, default_settings
 from ffw_fast.gates import GATES
 from ffw_fast.modules import GRANULARITIES
@@ -21,14 +18,12 @@ from ffw_fast.run import Request, run_workload
 from ffw_fast.run_state import CHECKPOINT
 from ffw_fast.schedule import SCHEDULES
 from ffw_fast.settings import PRECISIONS
-from ffw_fast.summary import metrics_table
+from ffw_fast.summary import metrics_table, print_table
 from ffw_fast.version import __version__
 from ffw_fast.workloads import WORKLOADS, Workload
 
 DEFAULT = "(default: %(default)s)"
-PIPE_WIDTH = 160
 INTERRUPTED = 130  # the customary exit code after Ctrl-C
-BENCHMARKS = ("table8", "fft_conv")
 ERRORS = (ValueError, TypeError, OSError, ImportError, FloatingPointError)
 EXTRACTION_OPTIONS = (
     "gamma", "alpha", "gate", "granularity", "schedule", "anneal_rate", "max_epochs", "batch_size", "precision"
@@ -61,15 +56,6 @@ def _what_is_left(options: argparse.Namespace) -> str:
     if any(out.iterdir()):
         return f"; {out} keeps what was finished, the same command goes on from there"
     return ""
-
-
-def _print_table(table: Table) -> None:
-    """On standard output; where it is no terminal, in plain characters and so wide that nothing is folded."""
-    if sys.stdout.isatty():
-        Console().print(table)
-        return
-    table.box = box.ASCII
-    Console(width=PIPE_WIDTH).print(table)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -201,7 +187,7 @@ def _run(options: argparse.Namespace) -> int:
     request = _request(options)
     workload = request.workload
     metrics = run_workload(request, make_progress(not options.quiet))
-    _print_table(metrics_table(metrics, workload.bias_names, workload.num_bias_classes))
+    print_table(metrics_table(metrics, workload.bias_names, workload.num_bias_classes))
     stages = ", ".join(f"{stage} {describe_time(seconds)}" for stage, seconds in metrics["stages"].items())
     print(f"{metrics['epochs']} epochs; {stages}")
     print(f"run folder: {options.out}")
@@ -212,13 +198,20 @@ def _compare(options: argparse.Namespace) -> int:
     request = _request(options)
     with make_progress(not options.quiet) as progress:
         rows = compare(request, options.seeds, default_settings(options.gammas), progress)
-    _print_table(comparison_table(rows, request.workload.bias_names))
+    print_table(comparison_table(rows, request.workload.bias_names))
     return 0
 
 
 def _add_bench(commands: Commands) -> None:
-    bench = commands.add_parser("bench", help="measure this package against its reference and the machine")
-    bench.add_argument("benchmark", choices=BENCHMARKS, help="which one; it takes --help, too")
+    width = max(map(len, BENCHES))
+    bench = commands.add_parser(
+        "bench",
+        help="measure this package against its reference and the machine",
+        description="Measures this package against its reference and the machine.\n\nbenchmarks:\n"
+        + "\n".join(f"  {name:{width}}  {text}" for name, text in BENCHES.items()),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    bench.add_argument("benchmark", choices=BENCHES, metavar="NAME", help="which one; it takes --help, too")
     bench.add_argument("rest", nargs=argparse.REMAINDER, metavar="...", help="the benchmark's own options")
     bench.set_defaults(command=_bench)
 

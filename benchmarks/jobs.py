@@ -1,0 +1,102 @@
+"""The four rows of the paper's Table 8: networks, sizes and times; and the layers that they are made of."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ffw_fast.data.samples import Samples
+from ffw_fast.models import MLP, ResNet18, SimpleConvNet
+from ffw_fast.modules import maskable_layers
+
+
+@dataclass(frozen=True)
+class Job:
+    """One row of the paper's Table 8."""
+
+    name: str
+    network: Callable[[], nn.Module]
+    bottleneck: str
+    image: tuple[int, int, int]
+    classes: int
+    biases: int
+    train: int
+    val: int
+    paper_seconds: int
+    batch_size: int = 100
+
+
+JOBS = (
+    Job("Biased-MNIST", SimpleConvNet, "flatten", (3, 28, 28), 10, 1, 36000, 12000, 12000),
+    Job("CelebA", lambda: ResNet18(2), "flatten", (3, 224, 224), 2, 1, 437, 291, 4500),
+    Job("Corrupted CIFAR-10", lambda: ResNet18(10), "flatten", (3, 32, 32), 10, 1, 6000, 2000, 3120),
+    Job("Multi-Color MNIST", MLP, "relu3", (3, 28, 28), 10, 2, 6000, 2000, 1320),
+)
+
+
+def chosen_jobs(parts: list[str]) -> list[Job]:
+    """The jobs whose name holds one of the parts, or all. ``ValueError`` with the known names where none does."""
+    chosen = [job for job in JOBS if not parts or any(part.lower() in job.name.lower() for part in parts)]
+    if not chosen:
+        raise ValueError(f"no workload is called {' or '.join(parts)}; there are {', '.join(job.name for job in JOBS)}")
+    return chosen
+
+
+def random_samples(job: Job, count: int) -> Samples:
+    """As many samples as asked for, of the job's shapes."""
+    source = torch.Generator().manual_seed(0)
+    x = torch.randn(count, *job.image, generator=source)
+    y = torch.randint(job.classes, (count,), generator=source)
+    return Samples(x, y, torch.randint(job.classes, (count, job.biases), generator=source))
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A Conv or Linear layer and the shape of what it reads.
+
+    Attributes:
+        network: name of the job.
+        dense: the layer.
+        inputs: shape of one sample at its input.
+        outputs: shape of one sample at its output.
+        is_first: it reads the images, so nobody needs the gradient of its input.
+    """
+
+    network: str
+    dense: nn.Conv2d | nn.Linear
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+    is_first: bool
+
+    @property
+    def shape(self) -> str:
+        """Weight and input, and the stride where there is one, as text."""
+        weight = "x".join(map(str, self.dense.weight.shape))
+        stride = getattr(self.dense, "stride", (1,))[0]
+        steps = f" /{stride}" if stride > 1 else ""
+        return f"{weight} on {'x'.join(map(str, self.inputs))}{steps}"
+
+    @property
+    def flops(self) -> int:
+        """Of one forward pass of one sample; a gradient takes as many again."""
+        positions = 1 if isinstance(self.dense, nn.Linear) else self.outputs[1] * self.outputs[2]
+        return 2 * self.dense.weight.numel() * positions
+
+
+def layers_of(job: Job) -> list[Layer]:
+    """The job's Conv and Linear layers, in the order of a forward pass; of several that are equal, one."""
+    return list({layer.shape: layer for layer in reversed(list(_all_layers(job)))}.values())[::-1]
+
+
+def _all_layers(job: Job) -> Iterator[Layer]:
+    model = job.network().eval()
+    read: list[tuple[nn.Module, Tensor, Tensor]] = []
+    for layer in maskable_layers(model).values():
+        layer.register_forward_hook(lambda layer, inputs, output: read.append((layer, inputs[0], output)))
+    with torch.no_grad():
+        model(torch.zeros(1, *job.image))
+    for index, (layer, x, y) in enumerate(read):
+        layer._forward_hooks.clear()
+        assert isinstance(layer, nn.Conv2d | nn.Linear)
+        yield Layer(job.name, layer, tuple(x.shape[1:]), tuple(y.shape[1:]), index == 0)

@@ -1,0 +1,50 @@
+"""The benchmark of Table 8 measures both sides, multiplies out, and prints a table that can be read in a pipe."""
+
+import json
+
+import pytest
+from ffw_fast.benchmarks import jobs, table8
+from ffw_fast.benchmarks.machine import Rates
+from ffw_fast.benchmarks.whole import run_whole, whole_table
+
+from ffw_fast.summary import print_table
+from tests.benchmarks.tiny_job import JOB
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    monkeypatch.setattr(jobs, "JOBS", (JOB,))
+    monkeypatch.setattr(table8, "measure_rates", lambda bf16: Rates(1e11, 0, 1e10))
+
+
+def test_table_and_figures(tmp_path, capsys):
+    table8.main(["--steps", "2", "--precision", "fp32", "--json", str(tmp_path / "table8.json")])
+    written = json.loads((tmp_path / "table8.json").read_text())
+    (row,) = written["rows"]
+    assert row["fp32"]["ratio_to_reference"] == pytest.approx(row["reference"]["epoch"] / row["fp32"]["epoch"])
+    assert row["fp32"]["job_seconds"] == pytest.approx(table8.EPOCHS * row["fp32"]["epoch"])
+    assert row["fp32"]["floor_epoch"] < row["fp32"]["epoch"]
+    assert written["machine"]["rates"]["fp32"] == 1e11
+    printed = capsys.readouterr().out
+    assert "Tiny" in printed
+    assert "multiplied out" in printed
+    assert "\N{HORIZONTAL ELLIPSIS}" not in printed  # nothing is cut
+
+
+def test_an_unknown_workload_lists_the_known_ones():
+    with pytest.raises(ValueError, match="Tiny"):
+        table8.main(["--only", "nothing"])
+
+
+def test_a_disturbed_measurement_of_the_rates_does_not_stand():
+    assert Rates(2, 0, 5).best(Rates(1, 0, 6)) == Rates(2, 0, 6)
+
+
+def test_one_run_whole_both_ways(capsys):
+    results = run_whole(max_epochs=2, vanilla_epochs=1, train_size=200, unbiased_size=200, unbiased_digits=100)
+    ours, theirs = results["ffw_fast"], results["reference"]
+    assert ours["epochs"] == theirs["epochs"] == 2
+    assert ours["pruned"]["sparsity"] == pytest.approx(theirs["pruned"]["sparsity"], abs=0.01)
+    assert results["ratio"] == pytest.approx(theirs["seconds"] / ours["seconds"])
+    print_table(whole_table(results))
+    assert "reference, pruned" in capsys.readouterr().out
