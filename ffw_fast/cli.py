@@ -4,7 +4,9 @@ import argparse
 import importlib
 import json
 import sys
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeAlias
 
@@ -12,6 +14,7 @@ from ffw_fast.backend import backend_info
 from ffw_fast.benchmarks import BENCHES
 from ffw_fast.compare import compare, comparison_table, default_settings
 from ffw_fast.gates import GATES
+from ffw_fast.interrupts import Terminated, ending_signals_raise, exit_code
 from ffw_fast.modules import GRANULARITIES
 from ffw_fast.progress import describe_time, make_progress
 from ffw_fast.run import Request, run_workload
@@ -23,7 +26,6 @@ from ffw_fast.version import __version__
 from ffw_fast.workloads import WORKLOADS, Workload
 
 DEFAULT = "(default: %(default)s)"
-INTERRUPTED = 130  # the customary exit code after Ctrl-C
 ERRORS = (ValueError, TypeError, OSError, ImportError, FloatingPointError)
 EXTRACTION_OPTIONS = (
     "gamma", "alpha", "gate", "granularity", "schedule", "anneal_rate", "max_epochs", "batch_size", "precision"
@@ -33,18 +35,38 @@ Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; the exit code: 0, 2 for an error, 130 after Ctrl-C."""
+    """Run the command line; the exit code: 0, 2 for an error, 130 after Ctrl-C, 143 after SIGTERM."""
     options = build_parser().parse_args(arguments)
     try:
-        return options.command(options)
-    except KeyboardInterrupt:
-        print(f"ffw-fast: interrupted{_what_is_left(options)}", file=sys.stderr)
-        return INTERRUPTED
+        with ending_signals_raise(), _plain_warnings():
+            return options.command(options)
+    except KeyboardInterrupt as interrupt:
+        what = "terminated" if isinstance(interrupt, Terminated) else "interrupted"
+        print(f"ffw-fast: {what}{_what_is_left(options)}", file=sys.stderr)
+        return exit_code(interrupt)
     except ERRORS as error:
         if options.traceback:
             raise
         print(f"ffw-fast: error: {error}", file=sys.stderr)
         return 2
+
+
+@contextmanager
+def _plain_warnings() -> Iterator[None]:
+    """Within it warnings to users are single lines, without the place in the code that they come from."""
+    before = warnings.showwarning
+
+    def show(message, category, filename, lineno, file=None, line=None) -> None:
+        if category is UserWarning:
+            print(f"ffw-fast: warning: {message}", file=file or sys.stderr)
+        else:
+            before(message, category, filename, lineno, file, line)
+
+    warnings.showwarning = show
+    try:
+        yield
+    finally:
+        warnings.showwarning = before
 
 
 def _what_is_left(options: argparse.Namespace) -> str:
@@ -53,7 +75,7 @@ def _what_is_left(options: argparse.Namespace) -> str:
         return ""
     if options.command is _run and (out / CHECKPOINT).exists():
         return f"; {out} keeps what was reached, continue with --resume"
-    if any(out.iterdir()):
+    if any(not path.name.startswith(".") for path in out.iterdir()):
         return f"; {out} keeps what was finished, the same command goes on from there"
     return ""
 

@@ -15,7 +15,8 @@ from torch import nn
 from ffw_fast.baselines import MAGNITUDE_SPARSITIES, prune_by_magnitude, refit_last_layer, train_on_unbiased
 from ffw_fast.data.samples import Splits
 from ffw_fast.extract import extract
-from ffw_fast.extraction import masks_of, sparsity, write_json
+from ffw_fast.extraction import masks_of, sparsity
+from ffw_fast.files import read_json, write_json
 from ffw_fast.progress import Progress
 from ffw_fast.run import Request, leakage, trained_vanilla
 from ffw_fast.settings import Settings
@@ -46,7 +47,7 @@ def compare(
     request.out.mkdir(parents=True, exist_ok=True)
     path = request.out / RESULTS
     identity = json.loads(json.dumps(_identity(request)))
-    kept = json.loads(path.read_text()) if path.exists() else {}
+    kept = read_json(path) if path.exists() else {}
     rows: dict[str, list[dict[str, Any]]] = kept.get("methods", {}) if kept.get("identity") == identity else {}
     for seed in seeds:
         ours = replace(request, seed=seed, out=request.out / f"seed-{seed}")

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ffw_fast.data.samples import Samples
 from ffw_fast.extraction import Extraction
+from ffw_fast.files import digest
 from ffw_fast.gated_network import GatedNetwork
 from ffw_fast.heads import PrivateHeads
 from ffw_fast.inputs import prepare
@@ -17,7 +18,7 @@ from ffw_fast.measure import Measurement, accuracy, measure, minibatch_informati
 from ffw_fast.objective import objective
 from ffw_fast.optim import LR, GatedAdam
 from ffw_fast.progress import Progress, make_progress
-from ffw_fast.run_state import RunState, digest
+from ffw_fast.run_state import RunState
 from ffw_fast.schedule import Schedule, judging_shift, make_schedule, restore_schedule
 from ffw_fast.seeding import epoch_order
 from ffw_fast.settings import PRECISIONS, Settings
@@ -113,8 +114,8 @@ def extract(
             "weights": digest(*loop.network.module.state_dict().values()),
             "data": digest(*loop.train, *loop.val),
         }
-        state = RunState(run_dir, identity, resume)
-        loop.run(state, shown)
+        with RunState(run_dir, identity, resume) as state:
+            loop.run(state, shown)
     return loop.extraction(model)
 
 
@@ -134,6 +135,7 @@ class Loop:
         self.schedule: Schedule = make_schedule(settings.schedule, settings.anneal_rate, LR)
         annealing = settings.anneal_rate if self.schedule.anneals else None
         self.optimizer = GatedAdam(self.gates, anneal_rate=annealing)
+        self.optimizer.start()  # so that a checkpoint has the same tensors from the beginning
         self.heads = PrivateHeads.create(
             train.b.shape[1],
             settings.num_bias_classes,
@@ -292,7 +294,6 @@ class Loop:
         for name in GATE_STATE:
             getattr(self.gates, name).copy_(tensors[name])
         self.gates.refresh()
-        self.optimizer.start()
         for name, value in self.optimizer.state[self.gates.gated].items():
             value.copy_(tensors[f"optimizer.{name}"])
         self.vanilla_heads = self.heads.with_fresh_optimizer()

@@ -2,16 +2,16 @@
 
 import copy
 import csv
-import json
+import io
 import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from ffw_fast.files import read_json, read_tensors, read_text, write_json, write_tensors, written_whole
 from ffw_fast.finetune import finetune
 from ffw_fast.modules import DenseLayer, maskable_layers
 from ffw_fast.settings import Settings
@@ -75,8 +75,7 @@ class Extraction:
         write_history(folder / HISTORY, self.history)
         save_scores(folder / SCORES, self.scores)
         save_scores(folder / BEST_SCORES, self.best_scores)
-        state = {name: value.contiguous().clone() for name, value in self.model().state_dict().items()}
-        save_file(state, folder / MODEL)
+        write_tensors(folder / MODEL, {name: value.clone() for name, value in self.model().state_dict().items()})
 
     @classmethod
     def load(cls, directory: str | os.PathLike[str], model: nn.Module) -> Self:
@@ -124,7 +123,7 @@ def sparsity(masks: dict[str, Tensor]) -> float:
 
 def save_scores(path: Path, scores: dict[str, Tensor]) -> None:
     """Write scores, or masks, by layer name."""
-    save_file({name: score.detach().contiguous().cpu() for name, score in scores.items()}, path)
+    write_tensors(path, scores)
 
 
 def load_scores(path: Path, layers: dict[str, DenseLayer]) -> dict[str, Tensor]:
@@ -132,48 +131,29 @@ def load_scores(path: Path, layers: dict[str, DenseLayer]) -> dict[str, Tensor]:
 
     Raises:
         FileNotFoundError: the file is missing.
-        ValueError: the file is damaged, or a name, shape or dtype does not fit.
+        ValueError: the file is damaged, a name, shape or dtype does not fit, or a score is NaN.
     """
-    try:
-        scores = load_file(path)
-    except FileNotFoundError:
-        raise
-    except Exception as error:  # safetensors raises several classes of its own
-        raise ValueError(f"{path} is damaged: {error}") from error
-    if unknown := sorted(scores.keys() ^ layers.keys()):
-        raise ValueError(f"{path} and the model differ in their layers: {', '.join(unknown)}")
+
+    def check(shapes: dict[str, tuple[int, ...]]) -> None:
+        if unknown := sorted(shapes.keys() ^ layers.keys()):
+            raise ValueError(f"{path} and the model differ in their layers: {', '.join(unknown)}")
+        for name, shape in shapes.items():
+            if shape != (expected := tuple(layers[name].weight.shape)):
+                raise ValueError(f"{path}: the scores of {name!r} have shape {shape}, expected {expected}")
+
+    scores, _ = read_tensors(path, check)
     for name, score in scores.items():
-        weight = layers[name].weight
-        if score.shape != weight.shape or not score.is_floating_point():
-            raise ValueError(
-                f"{path}: the scores of {name!r} are {score.dtype} of shape {tuple(score.shape)}, "
-                f"expected {weight.dtype} of shape {tuple(weight.shape)}"
-            )
+        if not score.is_floating_point():
+            raise ValueError(f"{path}: the scores of {name!r} are {score.dtype}, expected {layers[name].weight.dtype}")
+        if score.isnan().any():
+            raise ValueError(f"{path}: the scores of {name!r} hold NaN, which neither keeps a weight nor prunes it")
     return {name: score.to(layers[name].weight.device) for name, score in scores.items()}
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write JSON that a person can read, whole or not at all."""
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(content, indent=2) + "\n")
-    temporary.replace(path)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object. ``FileNotFoundError`` or ``ValueError`` with the path."""
-    try:
-        content = json.loads(path.read_text())
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is damaged: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} must hold a JSON object, got {type(content).__name__}")
-    return content
 
 
 def write_history(path: Path, history: list[dict[str, Any]]) -> None:
     """One line an epoch. Lists stand in one field, separated by spaces."""
     columns = list(dict.fromkeys(column for row in history for column in row))
-    with path.open("w", newline="") as file:
+    with written_whole(path) as temporary, temporary.open("w", newline="") as file:
         writer = csv.DictWriter(file, columns)
         writer.writeheader()
         writer.writerows({column: _field(value) for column, value in row.items()} for row in history)
@@ -186,8 +166,7 @@ def _field(value: Any) -> str:
 def read_history(path: Path) -> list[dict[str, Any]]:
     """What ``write_history`` wrote. ``ValueError`` with the path where it is damaged."""
     try:
-        with path.open(newline="") as file:
-            rows = list(csv.DictReader(file))
+        rows = list(csv.DictReader(io.StringIO(read_text(path), newline="")))
         return [{column: _value(column, text) for column, text in row.items() if text} for row in rows]
     except (ValueError, TypeError, AttributeError, csv.Error) as error:  # too long a row has the column None
         raise ValueError(f"{path} is damaged: {error}") from error

