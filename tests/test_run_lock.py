@@ -19,8 +19,8 @@ import os, sys, time
 from pathlib import Path
 from ffw_fast.run_lock import locked
 with locked(Path(sys.argv[1])):
-    if sys.argv[2:]:
-        os.fork()  # such as a DataLoader's worker, which may outlive its parent
+    if sys.argv[2:] and os.fork() == 0:  # such as a DataLoader's worker, which may outlive its parent
+        time.sleep(600)
     print("held", flush=True)
     time.sleep(600)
 """
