@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ffw_fast.data.samples import Inputs
 from ffw_fast.gated_network import EVALUATION_BATCH
 from ffw_fast.inputs import as_samples
 
@@ -90,7 +91,7 @@ def evaluate(
 
 
 @torch.no_grad()
-def _logits(model: nn.Module, x: Tensor, batch_size: int, device: torch.device | str | None) -> Tensor:
+def _logits(model: nn.Module, x: Inputs, batch_size: int, device: torch.device | str | None) -> Tensor:
     """Logits (n, classes) on the CPU of the model in eval mode, whose parts then are in the mode that they were in."""
     here = next(model.parameters(), torch.empty(0)).device
     where = torch.device(device) if device is not None else here

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ffw_fast.data.samples import Samples
+from ffw_fast.data.datasets import reading_note
+from ffw_fast.data.samples import Inputs, Samples
 from ffw_fast.extraction import Extraction
 from ffw_fast.files import digest
 from ffw_fast.gated_network import GatedNetwork
@@ -61,7 +62,9 @@ def extract(
         model: a trained classifier, (n, ...) -> logits (n, classes). It is copied, frozen and run in eval mode; the
             model itself stays as it is.
         train, val: unbiased sets: tensors ``(x, y, b)`` with x float (n, ...), y (n,) and b (n,) or (n, biases), or a
-            Dataset or DataLoader that yields ``(x, (y, b...))``, ``(x, y, b)`` or ``(index, x, y, attributes)``.
+            Dataset or DataLoader that yields ``(x, (y, b...))``, ``(x, y, b)`` or ``(index, x, y, attributes)``. What
+            fits into memory and stays the same is read once and kept; else it is read in every pass, and where it
+            augments at random the heads are refitted without cached features.
         bottleneck: name of the module whose output is the features that must not tell the bias.
         num_bias_classes: K, the number of classes of each bias.
         method: "ffw".
@@ -105,14 +108,17 @@ def extract(
     )
     if resume and run_dir is None:
         raise ValueError("resume needs run_dir, the folder that holds the checkpoint")
+    given = {"train": train, "val": val}
     train, val, width = prepare(model, train, val, settings)
     where = torch.device(device) if device is not None else next(model.parameters()).device
     loop = Loop(settings, model, train.to(where), val.to(where), width, where)
     with make_progress(progress) as shown:
+        for name, samples in (("train", train), ("val", val)):
+            shown.note(reading_note(given[name], samples, name))
         identity = {
             **settings.as_dict(),
             "weights": digest(*loop.network.module.state_dict().values()),
-            "data": digest(*loop.train, *loop.val),
+            "data": digest(*loop.train.identity(), *loop.val.identity()),
         }
         with RunState(run_dir, identity, resume) as state:
             loop.run(state, shown)
@@ -188,8 +194,8 @@ class Loop:
         """One pass over the training set: a step of the scores and of the heads for each minibatch."""
         rows = epoch_order(len(self.train.y), self.settings.seed, GATE_EPOCHS, len(self.history))
         totals = torch.zeros(3, dtype=torch.float64, device=self.train.y.device)
-        for batch in rows.to(self.train.y.device).split(self.settings.batch_size):
-            totals += self._step(self.train.x[batch], self.train.y[batch], self.train.b[batch]) * len(batch)
+        for x, y, b in self.train.batches(rows, self.settings.batch_size):
+            totals += self._step(x, y, b) * len(y)
         loss, cross_entropy, information = (totals / len(rows)).tolist()  # the one read of an epoch
         if not torch.isfinite(totals).all():
             raise FloatingPointError(f"the loss is {loss} in epoch {len(self.history) + 1}; the last scores are kept")
@@ -210,10 +216,12 @@ class Loop:
         return torch.stack([loss.detach() for loss in losses])
 
     def _refit(self, heads: PrivateHeads) -> int:
-        """Fit heads to a plateau on the features of the network as it is now: one forward pass. Epochs it took."""
+        """Fit heads to a plateau on the features of the network as it is now. Epochs it took."""
+        return heads.fit_on(self.train, self._features)
+
+    def _features(self, x: Inputs) -> Tensor:
         with self.autocast:
-            features = self.network.features(self.train.x)
-        return heads.fit(features.float(), self.train.b)
+            return self.network.features(x).float()
 
     def _outputs(self, heads: PrivateHeads) -> tuple[Tensor, Tensor]:
         """Logits (n, C) and head logits (n, heads, K) on the validation set."""

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from ffw_fast.data.samples import Samples
+from ffw_fast.data.samples import Inputs, Samples
 from ffw_fast.gated_network import EVALUATION_BATCH, bottleneck_module
 from ffw_fast.heads import PrivateHeads
 from ffw_fast.inputs import prepare
@@ -68,12 +68,11 @@ def finetune(
     best, best_accuracy = copy.deepcopy(network.state_dict()), reader.accuracy(val)
     for epoch in range(epochs):
         if gamma > 0:
-            heads.fit(reader.features(train.x), train.b)
-        rows = epoch_order(len(train.y), settings.seed, FINETUNE_EPOCHS, epoch).to(device)
-        for batch in rows.split(settings.batch_size):
+            heads.fit_on(train, reader.features)
+        rows = epoch_order(len(train.y), settings.seed, FINETUNE_EPOCHS, epoch)
+        for x, y, b in train.batches(rows, settings.batch_size):
             optimizer.zero_grad()
-            features, logits = reader(train.x[batch])
-            y, b = train.y[batch], train.b[batch]
+            features, logits = reader(x)
             if gamma > 0:
                 loss, _, _ = objective(logits, y, heads.logits(features), b, settings.alpha, gamma)
             else:
@@ -119,7 +118,7 @@ class _Reader:
         return self.kept, logits
 
     @torch.no_grad()
-    def features(self, x: Tensor) -> Tensor:
+    def features(self, x: Inputs) -> Tensor:
         return torch.cat([self(batch)[0] for batch in x.split(EVALUATION_BATCH)])
 
     @torch.no_grad()

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ffw_fast import ops, philox
+from ffw_fast.data.samples import Inputs
 from ffw_fast.fft_conv import use_fft_convolutions
 from ffw_fast.gates import GateKind, gate_movement
 from ffw_fast.modules import flat_offsets, maskable_layers
@@ -139,7 +140,7 @@ class GatedNetwork:
         return features, logits
 
     @torch.no_grad()
-    def features(self, x: Tensor) -> Tensor:
+    def features(self, x: Inputs) -> Tensor:
         """Features (n, D) of all samples; what lies behind the bottleneck is not run."""
         return torch.cat([self._features_of(batch) for batch in x.split(EVALUATION_BATCH)])
 
@@ -156,7 +157,7 @@ class GatedNetwork:
         return features
 
     @torch.no_grad()
-    def outputs(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def outputs(self, x: Inputs) -> tuple[Tensor, Tensor]:
         """Features (n, D) and logits (n, C) of all samples, without gradients."""
         features, logits = zip(*(self(batch) for batch in x.split(EVALUATION_BATCH)), strict=True)
         return torch.cat(features), torch.cat(logits)

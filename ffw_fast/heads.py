@@ -2,6 +2,7 @@
 
 import copy
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Self
 
@@ -9,6 +10,8 @@ import torch
 from torch import Tensor
 
 from ffw_fast import ops
+from ffw_fast.data.samples import Inputs, Samples
+from ffw_fast.data.stream import Stream
 from ffw_fast.seeding import epoch_order, seeded_generator
 
 LR = 0.1
@@ -76,16 +79,37 @@ class PrivateHeads:
 
     def fit(self, features: Tensor, labels: Tensor) -> int:
         """Train on cached features (n, D) and labels (n, heads) until the loss is on a plateau; epochs it took."""
-        plateau = self._no_plateau()
-        start = self.epochs
-        while plateau[2] == 0 and self.epochs - start < MAX_EPOCHS:
+        plateau, start = self._no_plateau(), self.epochs
+        while not self._is_done(plateau, start):
             chunk = range(self.epochs, min(self.epochs + EPOCHS_A_CALL, start + MAX_EPOCHS))
             rows = [epoch_order(len(features), self.seed, HEAD_EPOCHS, epoch) for epoch in chunk]
-            losses = self._fit(features, labels, torch.stack(rows).to(features.device), plateau, self.batch_size)
-            self.epochs += int(losses.isfinite().sum())
-            if not losses[0].isfinite() or not self.weight.isfinite().all():
-                raise FloatingPointError(f"a private head's loss is no longer finite, by its epoch {self.epochs}")
+            self._run_epochs(features, labels, torch.stack(rows), plateau)
         return self.epochs - start
+
+    def fit_on(self, samples: Samples, features_of: Callable[[Inputs], Tensor]) -> int:
+        """Train on the features (n, D) that a frozen network gives of the samples; epochs it took.
+
+        They are computed once. Where the samples are augmented at random, they are computed anew in every epoch.
+        """
+        if not isinstance(samples.x, Stream) or not samples.augments:
+            return self.fit(features_of(samples.x), samples.b)
+        plateau, start = self._no_plateau(), self.epochs
+        in_turn = torch.arange(len(samples.y)).unsqueeze(0)
+        while not self._is_done(plateau, start):
+            order = epoch_order(len(samples.y), self.seed, HEAD_EPOCHS, self.epochs)
+            features = features_of(samples.x.in_order(order))
+            self._run_epochs(features, samples.b[order.to(samples.b.device)], in_turn, plateau)
+        return self.epochs - start
+
+    def _is_done(self, plateau: Tensor, start: int) -> bool:
+        return bool(plateau[2]) or self.epochs - start >= MAX_EPOCHS
+
+    def _run_epochs(self, features: Tensor, labels: Tensor, rows: Tensor, plateau: Tensor) -> None:
+        """One epoch for each row of orders (epochs, n), as far as the plateau."""
+        losses = self._fit(features, labels, rows.to(features.device), plateau, self.batch_size)
+        self.epochs += int(losses.isfinite().sum())
+        if not losses[0].isfinite() or not self.weight.isfinite().all():
+            raise FloatingPointError(f"a private head's loss is no longer finite, by its epoch {self.epochs}")
 
     def _no_plateau(self) -> Tensor:
         return torch.tensor([math.inf, 0, 0], dtype=torch.float64, device=self.weight.device)

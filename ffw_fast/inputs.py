@@ -1,28 +1,27 @@
-"""What users hand in, turned into checked tensors in memory, before any work is done."""
+"""What users hand in, turned into checked samples, before any work is done."""
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
-from torch.utils.data import DataLoader, IterableDataset
 
-from ffw_fast.data.samples import Samples
+from ffw_fast.data.datasets import LAYOUTS, is_dataset, read_dataset
+from ffw_fast.data.pixels import Pixels
+from ffw_fast.data.samples import Inputs, Samples
+from ffw_fast.data.stream import Stream, drawing_from
 from ffw_fast.gated_network import bottleneck_module
 from ffw_fast.modules import maskable_layers, masked_layers
 from ffw_fast.settings import Settings
 
-READING_BATCH = 256
-LAYOUTS = "(x, (y, b...)), (x, y, b) or (index, x, y, attributes)"
-PROBES = 16  # samples read twice; one that is flipped at random half of the time gets past all of them once in 65536
 LOOP_DTYPES = (torch.float32, torch.float64)  # of weights and scores; 16 bits are too few for Adam's steps
 
 
 def prepare(model: nn.Module, train: Any, val: Any, settings: Settings) -> tuple[Samples, Samples, int]:
-    """Training and validation set as checked tensors, and the number of features at the bottleneck.
+    """Training and validation set as checked samples, and the number of features at the bottleneck.
 
     Inputs in a narrower floating-point format than the model's weights are widened to it.
 
@@ -52,8 +51,8 @@ def as_samples(data: Any, name: str, num_bias_classes: int | None) -> Samples:
 
     Args:
         data: tensors ``(x, y, b)``, b of shape (n,) or (n, heads), or a Dataset or DataLoader that yields
-            ``(x, (y, b...))``, ``(x, y, b)`` or ``(index, x, y, attributes)``, which is read once. Random augmentation
-            is refused where it can be seen: an IterableDataset is taken as it comes.
+            ``(x, (y, b...))``, ``(x, y, b)`` or ``(index, x, y, attributes)``. That is read once and kept, or streamed
+            where it does not fit into memory or augments at random (``ffw_fast.data.datasets``).
         name: "train" or "val", for messages.
         num_bias_classes: K; every bias label is in [0, K). None: unknown, not checked.
 
@@ -61,14 +60,14 @@ def as_samples(data: Any, name: str, num_bias_classes: int | None) -> Samples:
         TypeError, ValueError: what was given, what was expected and where.
     """
     if isinstance(data, tuple) or (isinstance(data, list) and any(isinstance(part, Tensor) for part in data)):
-        if len(data) != 3 or not all(isinstance(part, Tensor) for part in data):
+        known = len(data) == 3 and isinstance(data[0], Tensor | Pixels | Stream)
+        if not known or not all(isinstance(part, Tensor) for part in data[1:]):
             parts = ", ".join(type(part).__name__ for part in data)
             raise TypeError(f"{name} must be three tensors (x, y, b), got ({parts})")
         x, y, b = data
-    elif isinstance(data, DataLoader | IterableDataset) or _is_sized_sequence(data):
-        with torch.random.fork_rng(devices=[]):  # a DataLoader draws from the global generator; leave it as it was ...
-            torch.default_generator.manual_seed(0)  # ... and let a shuffled one give the same order in every run
-            x, y, b = _read(data, name)
+    elif is_dataset(data):
+        with drawing_from(0):  # a DataLoader draws from the global generator: let it give the same order in every run
+            x, y, b = read_dataset(data, name)
     else:
         raise TypeError(
             f"{name} must be tensors (x, y, b), a Dataset or a DataLoader that yields {LAYOUTS}, "
@@ -77,69 +76,10 @@ def as_samples(data: Any, name: str, num_bias_classes: int | None) -> Samples:
     return _checked(x, y, b, name, num_bias_classes)
 
 
-def _is_sized_sequence(data: Any) -> bool:
-    """Whether it can be read as a Dataset, which need not be of that class."""
-    has_both = hasattr(data, "__getitem__") and hasattr(data, "__len__")
-    return has_both and not isinstance(data, Mapping | str | Tensor)
-
-
-def _read(data: Any, name: str) -> tuple[Tensor, Tensor, Tensor]:
-    """All samples of a Dataset or DataLoader, in the order in which it yields them."""
-    loader = data if isinstance(data, DataLoader) else DataLoader(data, batch_size=READING_BATCH)
-    if loader.drop_last and len(loader.sampler) % (loader.batch_size or 1):  # type: ignore[arg-type]
-        raise ValueError(f"{name} drops its last samples in an incomplete batch; give its DataLoader drop_last=False")
-    if not isinstance(loader.dataset, IterableDataset):
-        _refuse_augmentation(loader.dataset, name)
-    parts = [_parse(item, name) for item in loader]
-    if not parts:
-        raise ValueError(f"{name} is empty")
-    for x, y, b in parts:
-        if y.dim() == 0:
-            raise ValueError(f"{name} yields single samples instead of batches; give its DataLoader a batch_size")
-        for label, given, first in (("x", x, parts[0][0]), ("b", b, parts[0][2])):
-            if given.shape[1:] != first.shape[1:]:
-                shapes = f"{tuple(first.shape[1:])} and {tuple(given.shape[1:])}"
-                raise ValueError(f"{name}: samples differ in the shape of {label}: {shapes}")
-    x, y, b = (torch.cat(column) for column in zip(*parts, strict=True))
-    return x, y, b
-
-
-def _refuse_augmentation(dataset: Any, name: str) -> None:
-    """Cached features need inputs that stay: read some samples twice."""
-    for probe in range(PROBES if len(dataset) else 0):
-        index = probe * len(dataset) // PROBES
-        once, again = (_parse(dataset[index], name, batched=False)[0] for _ in range(2))
-        if not torch.equal(once, again):
-            raise ValueError(
-                f"{name} gives a different input when its sample {index} is read again: it augments at random. "
-                "Extraction caches the bottleneck's features of fixed inputs; hand in the data without augmentation."
-            )
-
-
-def _parse(item: Any, name: str, batched: bool = True) -> tuple[Tensor, Tensor, Tensor]:
-    if not isinstance(item, Sequence) or not 2 <= len(item) <= 4:
-        raise TypeError(f"{name} must yield {LAYOUTS}, got {type(item).__name__}")
-    if len(item) == 2:
-        x, labels = item
-        if not isinstance(labels, Sequence):
-            raise ValueError(f"{name} yields (x, y) without a bias label: expected {LAYOUTS}")
-        y, *biases = labels
-    elif len(item) == 3:
-        x, y, *biases = item
-    else:
-        _index, x, y, *biases = item
-    if not biases:
-        raise ValueError(f"{name} yields no bias label: expected {LAYOUTS}")
-    columns = [torch.as_tensor(bias) for bias in biases]
-    width = 1 if batched else 0
-    columns = [column.unsqueeze(-1) if column.dim() == width else column for column in columns]
-    return torch.as_tensor(x), torch.as_tensor(y), torch.cat(columns, dim=-1)
-
-
-def _checked(x: Tensor, y: Tensor, b: Tensor, name: str, num_bias_classes: int | None) -> Samples:
-    if x.dim() < 2:
+def _checked(x: Inputs, y: Tensor, b: Tensor, name: str, num_bias_classes: int | None) -> Samples:
+    if len(x.shape) < 2:
         raise ValueError(f"{name}: x must have shape (n, ...), got {tuple(x.shape)}")
-    if x.numel() == 0:
+    if x.shape.numel() == 0:
         raise ValueError(f"{name} is empty: x has shape {tuple(x.shape)}")
     if b.dim() == 1:
         b = b.unsqueeze(1)
@@ -149,7 +89,7 @@ def _checked(x: Tensor, y: Tensor, b: Tensor, name: str, num_bias_classes: int |
         raise ValueError(f"{name}: y must have shape (n,), got {tuple(y.shape)}")
     if not len(x) == len(y) == len(b):
         raise ValueError(f"{name}: x, y and b differ in length: {len(x)}, {len(y)} and {len(b)}")
-    if not x.is_floating_point():
+    if not x.dtype.is_floating_point:
         raise TypeError(f"{name}: x must be floating point, got {x.dtype}; convert and normalise it first")
     for label, values in (("y", y), ("b", b)):
         if values.is_floating_point() or values.is_complex() or values.dtype == torch.bool:
@@ -158,10 +98,12 @@ def _checked(x: Tensor, y: Tensor, b: Tensor, name: str, num_bias_classes: int |
             raise ValueError(f"{name}: {label} holds negative labels, the lowest is {values.min().item()}")
     if num_bias_classes is not None and b.max() >= num_bias_classes:
         raise ValueError(f"{name}: b holds label {b.max().item()}, but num_bias_classes is {num_bias_classes}")
-    if not x.isfinite().all():
-        where = (~x.flatten(1).isfinite().all(dim=1)).nonzero()[0].item()
-        raise ValueError(f"{name}: x holds NaN or inf, first in sample {where}")
-    return Samples(x.detach(), y.long(), b.long())
+    if isinstance(x, Tensor):  # bytes are finite, and streams are checked as they are read
+        x = x.detach()
+        if not x.isfinite().all():
+            where = (~x.flatten(1).isfinite().all(dim=1)).nonzero()[0].item()
+            raise ValueError(f"{name}: x holds NaN or inf, first in sample {where}")
+    return Samples(x, y.long(), b.long())
 
 
 def _widened(samples: Samples, dtype: torch.dtype, name: str) -> Samples:

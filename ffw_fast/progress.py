@@ -39,6 +39,9 @@ class Progress:
     def hide(self) -> None:
         """Show nothing from now on, and leave the terminal as it was."""
 
+    def note(self, text: str | None) -> None:
+        """Something that the user should know, if anything."""
+
     def stage(self, title: str, epochs: int = 0) -> None:
         """A stage begins that takes at most so many epochs; 0 for one that is not counted in epochs."""
 
@@ -76,6 +79,10 @@ class PlainLines(Progress):
 
     def hide(self) -> None:
         self._say_last()
+
+    def note(self, text: str | None) -> None:
+        if text:
+            self._say(text)
 
     def stage(self, title: str, epochs: int = 0) -> None:
         self._say_last()
@@ -120,6 +127,10 @@ class LiveDisplay(Progress):
 
     def hide(self) -> None:
         self._bars.stop()
+
+    def note(self, text: str | None) -> None:
+        if text:
+            self._bars.console.print(Text(text))
 
     def stage(self, title: str, epochs: int = 0) -> None:
         self._end_stage()

@@ -214,9 +214,8 @@ class Reference:
     def train_epoch(self, epoch: int, anneals: bool) -> dict[str, float]:
         """A step of Adam on the scores and of SGD on the heads for each minibatch."""
         settings, totals = self.settings, torch.zeros(3, dtype=torch.float64)
-        rows = epoch_order(len(self.train.y), settings.seed, GATE_EPOCHS, epoch).to(self.train.y.device)
-        for batch in rows.split(settings.batch_size):
-            x, y, b = self.train.x[batch], self.train.y[batch], self.train.b[batch]
+        rows = epoch_order(len(self.train.y), settings.seed, GATE_EPOCHS, epoch)
+        for x, y, b in self.train.batches(rows, settings.batch_size):
             features, logits = self.forward(x)
             task_loss = cross_entropy(logits, y)
             information = self.information(frozen_logits(self.heads, features), b)
@@ -233,7 +232,7 @@ class Reference:
             self.heads_optimizer.step()
             if anneals:
                 self.temperature.copy_(next_temperature)
-            totals += torch.tensor([loss.item(), task_loss.item(), information.item()]) * len(batch)
+            totals += torch.tensor([loss.item(), task_loss.item(), information.item()]) * len(y)
         return dict(zip(("loss", "cross_entropy", "train_mi"), (totals / len(rows)).tolist(), strict=True))
 
     @torch.no_grad()
@@ -268,14 +267,14 @@ class Reference:
         rows = epoch_order(len(self.train.y), self.settings.seed, private_heads.HEAD_EPOCHS, self.head_epochs)
         self.head_epochs += 1
         total = 0.0
-        for batch in rows.to(self.train.y.device).split(self.settings.batch_size):
+        for x, _y, b in self.train.batches(rows, self.settings.batch_size):
             with torch.no_grad():
-                features, _logits = self.forward(self.train.x[batch], masks)
+                features, _logits = self.forward(x, masks)
             optimizer.zero_grad()
-            loss = heads_loss(heads, features, self.train.b[batch])
+            loss = heads_loss(heads, features, b)
             loss.backward()
             optimizer.step()
-            total += loss.item() * len(batch)
+            total += loss.item() * len(b)
         return total / len(rows) / len(heads)
 
     @torch.no_grad()

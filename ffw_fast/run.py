@@ -16,7 +16,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from ffw_fast.backend import backend_info
-from ffw_fast.data.samples import Samples, Splits
+from ffw_fast.data.samples import Inputs, Samples, Splits
 from ffw_fast.evaluation import evaluate_predictions
 from ffw_fast.extract import extract
 from ffw_fast.extraction import (
@@ -378,12 +378,11 @@ def leakage(
     """
     device = next(network.parameters()).device
     train, test = train.to(device), test.to(device)
-    _, features = _outputs(network, bottleneck, train.x)
     logits, test_features = _outputs(network, bottleneck, test.x)
     heads = PrivateHeads.create(
-        train.b.shape[1], num_bias_classes, features.shape[1], seed=seed, batch_size=batch_size, device=device
+        train.b.shape[1], num_bias_classes, test_features.shape[1], seed=seed, batch_size=batch_size, device=device
     )
-    heads.fit(features, train.b)
+    heads.fit_on(train, lambda x: _outputs(network, bottleneck, x)[1])
     head_logits = heads.logits(test_features)
     groups = evaluate_predictions(logits.argmax(1).cpu(), test.y.cpu(), test.b.cpu())
     return {
@@ -393,7 +392,7 @@ def leakage(
     }
 
 
-def _outputs(network: nn.Module, bottleneck: str, x: Tensor) -> tuple[Tensor, Tensor]:
+def _outputs(network: nn.Module, bottleneck: str, x: Inputs) -> tuple[Tensor, Tensor]:
     """Logits (n, C) and features (n, D) of all samples."""
     parts = [outputs_of(network, bottleneck, batch) for batch in x.split(EVALUATION_BATCH)]
     logits, features = zip(*parts, strict=True)

@@ -1,7 +1,7 @@
 """Training of the vanilla network: ordinary cross-entropy on the biased set, before any debiasing."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -87,14 +87,14 @@ def train_vanilla(
             f"got {len(samples.x)} and {len(samples.y)}"
         )
     device = torch.device(device) if device is not None else next(model.parameters()).device
-    x, y = samples.x.to(device), samples.y.to(device)
+    samples = samples.to(device)
     model.to(device).train()
     optimizer = recipe.build_optimizer(model)
     for epoch in range(recipe.epochs):
         for group in optimizer.param_groups:
             group["lr"] = recipe.learning_rate(epoch)
-        order = epoch_order(len(y), seed, "vanilla batches", epoch).to(device)
-        loss = _train_epoch(model, x, y, order, optimizer, recipe.batch_size, precision)
+        order = epoch_order(len(samples.y), seed, "vanilla batches", epoch)
+        loss = _train_epoch(model, samples.batches(order, recipe.batch_size), optimizer, precision)
         if not math.isfinite(loss):
             raise FloatingPointError(
                 f"the vanilla network's training loss is {loss} in epoch {epoch + 1} of {recipe.epochs} "
@@ -108,21 +108,18 @@ def train_vanilla(
 
 def _train_epoch(
     model: nn.Module,
-    x: Tensor,
-    y: Tensor,
-    order: Tensor,
+    batches: Iterable[tuple[Tensor, Tensor, Tensor]],
     optimizer: torch.optim.Optimizer,
-    batch_size: int,
     precision: str,
 ) -> float:
-    """One pass over the samples in the given order; returns the mean loss."""
-    total = torch.zeros((), device=x.device)  # read once at the end: a GPU need not wait in every step
-    for batch in order.split(batch_size):  # the short last one is kept
+    """One pass over minibatches (x, y, b); returns the mean loss."""
+    total, count = torch.zeros(()), 0
+    for x, y, _b in batches:
         with torch.autocast(x.device.type, torch.bfloat16, enabled=precision == "bf16"):
-            logits = model(x.index_select(0, batch))  # faster than x[batch], which copies number by number
-        loss = F.cross_entropy(logits.float(), y[batch])
+            logits = model(x)
+        loss = F.cross_entropy(logits.float(), y)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        total += loss.detach() * len(batch)
-    return total.item() / len(y)
+        total, count = total.to(y.device) + loss.detach() * len(y), count + len(y)
+    return total.item() / count  # the one read of an epoch: a GPU need not wait in every step

@@ -122,7 +122,7 @@ def test_inputs_that_require_gradients_are_detached():
     assert not read((x.requires_grad_(), y, b)).x.requires_grad
 
 
-# data that is refused ------------------------------------------------------------------------------------------------
+# data that changes, and data that is refused --------------------------------------------------------------------------
 
 
 class Flipping(Items):
@@ -139,18 +139,11 @@ class Flipping(Items):
 
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("count", [1, 3, 100])
-def test_random_augmentation_is_refused(seed, count):
+def test_random_augmentation_is_seen_and_streamed(seed, count):
     coin = torch.Generator().manual_seed(seed)
     data = Flipping(samples(count), lambda: torch.rand((), generator=coin) < 0.5)
     for wrapped in (data, DataLoader(data)):
-        with pytest.raises(ValueError, match=r"train gives a different input .* augments at random"):
-            read(wrapped)
-
-
-def test_augmentation_by_the_global_generator_is_refused():
-    data = Flipping(samples(30), lambda: torch.rand(()) < 0.5)
-    with pytest.raises(ValueError, match="augments at random"):
-        read(data)
+        assert read(wrapped).augments
 
 
 X, Y, B = samples(8)

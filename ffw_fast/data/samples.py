@@ -1,22 +1,54 @@
-"""What a data set is once it is loaded: plain tensors, and four sets of them."""
+"""What a data set is once it is loaded: inputs with their labels, and four sets of them."""
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
+
+from ffw_fast.data.pixels import Pixels
+from ffw_fast.data.stream import Stream
+
+Inputs: TypeAlias = Tensor | Pixels | Stream  # all give float tensors when indexed by rows or split
 
 
 class Samples(NamedTuple):
     """Inputs with their targets and biases, one row per sample."""
 
-    x: Tensor  # float32 (n, channels, height, width)
+    x: Inputs  # float (n, ...): a tensor, images kept as bytes, or what is read anew each time
     y: Tensor  # int64 (n,), the target label
     b: Tensor  # int64 (n, num_biases), the label of every bias
 
     def to(self, device: torch.device | str) -> "Samples":
         """The same samples on ``device``; nothing is copied where they already are there."""
-        return Samples(*(tensor.to(device) for tensor in self))
+        return Samples(self.x.to(device), self.y.to(device), self.b.to(device))
+
+    @property
+    def augments(self) -> bool:
+        """Whether an input may change from one reading to the next, so that nothing made of it may be cached."""
+        return isinstance(self.x, Stream) and self.x.augments
+
+    def batches(self, order: Tensor, size: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Minibatches (x, y, b) of ``size`` samples in the given order of rows; the short last one is kept."""
+        parts = order.to(self.y.device).split(size)
+        for x, rows in zip(_read(self.x, order, parts), parts, strict=True):
+            yield x, self.y[rows], self.b[rows]
+
+    def identity(self) -> tuple[Tensor, ...]:
+        """Tensors that tell this set from others, as far as that can be told without reading inputs again."""
+        if isinstance(self.x, Pixels):
+            return self.x.images, self.x.mean, self.x.deviation, self.y, self.b
+        return self.x.fingerprint if isinstance(self.x, Stream) else self.x, self.y, self.b
+
+
+def _read(x: Inputs, order: Tensor, parts: Sequence[Tensor]) -> Iterator[Tensor]:
+    if isinstance(x, Stream):  # which is told of the whole order, so that its workers read ahead
+        yield from x.in_order(order).split(len(parts[0]))
+    elif isinstance(x, Pixels):
+        yield from (x[rows] for rows in parts)
+    else:
+        yield from (x.index_select(0, rows) for rows in parts)  # x[rows] copies number by number
 
 
 @dataclass(frozen=True)

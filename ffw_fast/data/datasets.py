@@ -1,0 +1,166 @@
+"""A user's Dataset or DataLoader: read once and kept where it fits and stays the same, streamed otherwise."""
+
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset
+
+from ffw_fast.data.memory import describe_bytes, memory_budget
+from ffw_fast.data.samples import Inputs, Samples
+from ffw_fast.data.stream import Stream, read_batches
+
+READING_BATCH = 256
+LAYOUTS = "(x, (y, b...)), (x, y, b) or (index, x, y, attributes)"
+PROBES = 16  # samples read twice; one that is flipped at random half of the time gets past all of them once in 65536
+
+
+def is_dataset(data: Any) -> bool:
+    """Whether it can be read as a DataLoader or a Dataset, which need not be of that class."""
+    if isinstance(data, DataLoader | IterableDataset):
+        return True
+    has_both = hasattr(data, "__getitem__") and hasattr(data, "__len__")
+    return has_both and not isinstance(data, Mapping | str | Tensor)
+
+
+def read_dataset(data: Any, name: str) -> tuple[Inputs, Tensor, Tensor]:
+    """Inputs x (n, ...), targets y (n,) and biases b (n, heads) of all samples, in the order in which it yields them.
+
+    They are read once and kept, unless they do not fit into memory or change from one reading to the next: then a pass
+    reads the labels, and the inputs are a ``Stream``. An IterableDataset cannot be read in another order, so it is kept
+    as it comes, random or not.
+
+    Raises:
+        TypeError, ValueError: what was given, what was expected and where.
+    """
+    loader = data if isinstance(data, DataLoader) else DataLoader(data, batch_size=READING_BATCH)
+    if loader.drop_last and len(loader.sampler) % (loader.batch_size or 1):  # type: ignore[arg-type]
+        raise ValueError(f"{name} drops its last samples in an incomplete batch; give its DataLoader drop_last=False")
+    if isinstance(loader.dataset, IterableDataset) or not len(loader.dataset):  # type: ignore[arg-type]
+        return _keep(loader, name)
+    augments = _augments(loader, name)
+    fits = _sample_bytes(loader, name) * len(loader.dataset) <= memory_budget()  # type: ignore[arg-type]
+    if fits and not augments:
+        return _keep(loader, name)
+    if loader.batch_sampler is None:
+        why = "augments at random" if augments else "does not fit into memory"
+        raise ValueError(f"{name} {why} and is streamed, which needs a DataLoader with a batch_size")
+    return _stream(loader, name, augments)
+
+
+def reading_note(given: Any, samples: Samples, name: str) -> str | None:
+    """Which way a set was read, for the user; None for tensors."""
+    if not is_dataset(given) or isinstance(given, tuple):
+        return None
+    count = f"{name}: {len(samples.y)} samples"
+    if samples.augments:
+        return f"{count} that are augmented at random, read anew in every pass; features are not cached"
+    size = describe_bytes(samples.x.shape.numel() * samples.x.dtype.itemsize)
+    if isinstance(samples.x, Stream):
+        return f"{count} that take {size}, more than there is room for, read anew in every pass"
+    return f"{count} read once and kept in memory ({size})"
+
+
+def _augments(loader: DataLoader, name: str) -> bool:
+    """Whether some sample is another one when it is read again."""
+    count = len(loader.dataset)  # type: ignore[arg-type]
+    indices = [probe * count // PROBES for probe in range(PROBES)]
+    return not all(torch.equal(_read_one(loader, index, name), _read_one(loader, index, name)) for index in indices)
+
+
+def _read_one(loader: DataLoader, index: int, name: str) -> Tensor:
+    """The input of one sample, as a minibatch of its own where the loader makes minibatches."""
+    item = loader.dataset[index]
+    x, _, _ = _parse(item, name, batched=False)
+    return x if loader.batch_sampler is None else _parse(loader.collate_fn([item]), name)[0]
+
+
+def _sample_bytes(loader: DataLoader, name: str) -> int:
+    x = _read_one(loader, 0, name)
+    return x.numel() * x.element_size()
+
+
+def _keep(batches: Iterable[Any], name: str) -> tuple[Tensor, Tensor, Tensor]:
+    parts, size, budget = [], 0, memory_budget()
+    for item in batches:
+        x, y, b = _parsed_batch(item, name)
+        parts.append((x, y, b))
+        for label, given, first in (("x", x, parts[0][0]), ("b", b, parts[0][2])):
+            _check_shape(tuple(given.shape[1:]), tuple(first.shape[1:]), label, name)
+        size += x.numel() * x.element_size()
+        if size > budget:
+            raise ValueError(
+                f"{name} takes more than the {describe_bytes(budget)} that there is room for, and cannot be streamed: "
+                "give it as a Dataset with __len__ and __getitem__, or in fewer samples"
+            )
+    if not parts:
+        raise ValueError(f"{name} is empty")
+    x, y, b = (torch.cat(column) for column in zip(*parts, strict=True))
+    return x, y, b
+
+
+def _stream(loader: DataLoader, name: str, augments: bool) -> tuple[Stream, Tensor, Tensor]:
+    """One pass for labels and checks; the inputs are read again whenever they are wanted."""
+    chosen = [index for batch in loader.batch_sampler for index in batch]  # type: ignore[union-attr]
+    if not all(isinstance(index, int) for index in chosen):
+        raise TypeError(f"{name} is streamed, which needs samples that are numbered by integers")
+    indices, fingerprint = torch.tensor(chosen), hashlib.blake2b(digest_size=16)
+    shapes, labels, dtype = [], [], torch.float32
+    for item in read_batches(loader, indices, READING_BATCH, seeded=augments):
+        x, y, b = _parsed_batch(item, name)
+        labels.append((y, b))
+        shapes.append((tuple(x.shape[1:]), tuple(b.shape[1:])))
+        for label, given, first in zip("xb", shapes[-1], shapes[0], strict=True):
+            _check_shape(given, first, label, name)
+        if not x.isfinite().all():
+            raise ValueError(f"{name}: x holds NaN or inf")
+        dtype = x.dtype
+        if not augments:
+            fingerprint.update(x.contiguous().view(torch.uint8).numpy().data)
+    stream = Stream(
+        loader,
+        indices,
+        lambda item: _parse(item, name)[0],
+        shapes[0][0],
+        dtype,
+        augments,
+        torch.tensor(list(b"" if augments else fingerprint.digest()), dtype=torch.uint8),
+        name,
+        torch.device("cpu"),
+    )
+    y, b = (torch.cat(column) for column in zip(*labels, strict=True))
+    return stream, y, b
+
+
+def _parsed_batch(item: Any, name: str) -> tuple[Tensor, Tensor, Tensor]:
+    x, y, b = _parse(item, name)
+    if y.dim() == 0:
+        raise ValueError(f"{name} yields single samples instead of batches; give its DataLoader a batch_size")
+    return x, y, b
+
+
+def _check_shape(given: tuple[int, ...], first: tuple[int, ...], label: str, name: str) -> None:
+    if given != first:
+        raise ValueError(f"{name}: samples differ in the shape of {label}: {first} and {given}")
+
+
+def _parse(item: Any, name: str, batched: bool = True) -> tuple[Tensor, Tensor, Tensor]:
+    if not isinstance(item, Sequence) or not 2 <= len(item) <= 4:
+        raise TypeError(f"{name} must yield {LAYOUTS}, got {type(item).__name__}")
+    if len(item) == 2:
+        x, labels = item
+        if not isinstance(labels, Sequence):
+            raise ValueError(f"{name} yields (x, y) without a bias label: expected {LAYOUTS}")
+        y, *biases = labels
+    elif len(item) == 3:
+        x, y, *biases = item
+    else:
+        _index, x, y, *biases = item
+    if not biases:
+        raise ValueError(f"{name} yields no bias label: expected {LAYOUTS}")
+    columns = [torch.as_tensor(bias) for bias in biases]
+    width = 1 if batched else 0
+    columns = [column.unsqueeze(-1) if column.dim() == width else column for column in columns]
+    return torch.as_tensor(x), torch.as_tensor(y), torch.cat(columns, dim=-1)

@@ -1,0 +1,124 @@
+"""Inputs that are read from their Dataset whenever a minibatch of them is wanted, because they do not fit or change."""
+
+import hashlib
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+
+@dataclass(frozen=True)
+class Stream:
+    """Inputs of a Dataset that stand where a float tensor (n, ...) would: indexed by rows, split, moved.
+
+    Where the Dataset augments at random by the global generators of PyTorch, numpy or Python, every pass over it draws
+    from a seed of its own, made of the order in which the pass visits the samples: another order gives other draws, the
+    same order the same ones, whatever the minibatches and the number of workers, and the generators stay as they were.
+
+    Attributes:
+        loader: whose Dataset, workers and collate function are used; its order is not.
+        indices: int64 (n,), the index of every sample in the Dataset.
+        parse: what the loader collates -> inputs (n, ...).
+        sample_shape: of one sample; others are refused.
+        dtype, device: of what is read.
+        augments: whether a sample may change from one reading to the next.
+        fingerprint: uint8 (k,), of all inputs where they do not change.
+        name: of the set, for messages.
+    """
+
+    loader: DataLoader
+    indices: Tensor
+    parse: Callable[[Any], Tensor]
+    sample_shape: tuple[int, ...]
+    dtype: torch.dtype
+    augments: bool
+    fingerprint: Tensor
+    name: str
+    device: torch.device
+
+    @property
+    def shape(self) -> torch.Size:
+        return torch.Size((len(self.indices), *self.sample_shape))
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def in_order(self, rows: Tensor) -> "Stream":
+        """The samples of these rows, in their order."""
+        return replace(self, indices=self.indices[rows.cpu()])
+
+    def split(self, size: int) -> Iterator[Tensor]:
+        """All inputs in their order, ``size`` at a time, read anew."""
+        for batch in read_batches(self.loader, self.indices, size, seeded=self.augments):
+            x = self.parse(batch)
+            if x.shape[1:] != self.sample_shape or not x.isfinite().all():
+                raise ValueError(
+                    f"{self.name} gives samples of shape {tuple(x.shape[1:])} where it gave {self.sample_shape}, "
+                    "or NaN or inf, when it is read again"
+                )
+            yield x.to(self.device, self.dtype)
+
+    def __getitem__(self, rows: Tensor | slice) -> Tensor:
+        chosen = torch.arange(len(self))[rows] if isinstance(rows, slice) else rows
+        return next(self.in_order(chosen).split(max(1, len(chosen))))
+
+    def to(self, where: torch.device | torch.dtype | str) -> "Stream":
+        if isinstance(where, torch.dtype):
+            return replace(self, dtype=where)
+        return replace(self, device=torch.device(where))
+
+
+def read_batches(loader: DataLoader, indices: Tensor, size: int, *, seeded: bool = False) -> Iterator[Any]:
+    """What the loader collates of its Dataset's samples ``indices``, ``size`` at a time, by its workers.
+
+    Args:
+        seeded: let every sample draw from a seed of its own, made of ``indices`` and its index.
+    """
+    dataset: Any = loader.dataset
+    if seeded:
+        dataset = _Seeded(dataset, hashlib.blake2b(indices.numpy().tobytes(), digest_size=8).hexdigest())
+    batches = DataLoader(
+        dataset,
+        batch_sampler=[part.tolist() for part in indices.split(size)],
+        num_workers=loader.num_workers,
+        collate_fn=loader.collate_fn,
+        worker_init_fn=loader.worker_init_fn,
+        multiprocessing_context=loader.multiprocessing_context if loader.num_workers else None,
+        prefetch_factor=loader.prefetch_factor,
+        timeout=loader.timeout,
+        generator=torch.Generator().manual_seed(0),  # else it would draw from the global one
+    )
+    yield from batches
+
+
+class _Seeded(Dataset):
+    """A Dataset whose samples draw from seeds of their own."""
+
+    def __init__(self, dataset: Any, key: str) -> None:
+        self.dataset, self.key = dataset, key
+
+    def __getitem__(self, index: int) -> Any:
+        digest = hashlib.blake2b(f"{self.key} {index}".encode(), digest_size=8).digest()
+        with drawing_from(int.from_bytes(digest, "little") >> 1):
+            return self.dataset[index]
+
+
+@contextmanager
+def drawing_from(seed: int) -> Iterator[None]:
+    """The global CPU generators of PyTorch, numpy and Python start from a seed, and are then as they were before."""
+    before = torch.get_rng_state(), np.random.get_state(), random.getstate()  # noqa: NPY002
+    torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed every GPU as well
+    np.random.seed(seed % 2**32)  # noqa: NPY002
+    random.seed(seed)
+    try:
+        yield
+    finally:
+        torch.set_rng_state(before[0])
+        np.random.set_state(before[1])  # noqa: NPY002
+        random.setstate(before[2])

@@ -1,0 +1,162 @@
+"""Datasets that do not fit into memory or augment at random: read whenever they are wanted, to the same results."""
+
+import random
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import DataLoader, Dataset, IterableDataset, SubsetRandomSampler
+
+import ffw_fast
+from ffw_fast import reference
+from ffw_fast.data import datasets
+from ffw_fast.data.stream import Stream
+from ffw_fast.inputs import as_samples
+from tests.tiny import CLASSES, arguments, network, samples
+
+
+class Items(Dataset):
+    """The given samples, counting how often one is read; ``shift`` draws what is added to an input."""
+
+    def __init__(self, data, shift=None):
+        self.data, self.shift, self.reads = data, shift, 0
+
+    def __len__(self):
+        return len(self.data[1])
+
+    def __getitem__(self, index):
+        self.reads += 1
+        x, y, b = (part[index] for part in self.data)
+        return (x + self.shift() if self.shift else x), y, b
+
+
+DRAWS = {
+    "torch": lambda: 0.3 * torch.randn(6),
+    "numpy": lambda: 0.3 * torch.from_numpy(np.random.standard_normal(6)).float(),  # noqa: NPY002
+    "python": lambda: torch.tensor([0.3 * random.gauss(0, 1) for _ in range(6)]),
+}
+
+
+@pytest.fixture
+def no_room(monkeypatch):
+    monkeypatch.setattr(datasets, "memory_budget", lambda: 100)
+
+
+def scores_of(found) -> torch.Tensor:
+    return torch.cat([score.flatten() for score in found.scores.values()])
+
+
+def test_what_fits_and_stays_is_read_once(capsys):
+    train, val = Items(samples(40)), Items(samples(20, seed=1))
+    found = ffw_fast.extract(network(), train, DataLoader(val, batch_size=7), **arguments(progress=True))
+    assert train.reads <= 40 + 2 * datasets.PROBES + 1
+    told = capsys.readouterr().err
+    assert "train: 40 samples read once and kept in memory (960 bytes)" in told
+    assert "val: 20 samples read once" in told
+    kept = ffw_fast.extract(network(), train.data, val.data, **arguments())
+    assert torch.equal(scores_of(found), scores_of(kept))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_what_does_not_fit_is_streamed_to_the_same_result(no_room, capsys, workers):
+    train, val = samples(40), samples(20, seed=1)
+    loader = DataLoader(Items(train), batch_size=3, num_workers=workers)
+    found = ffw_fast.extract(network(), loader, Items(val), **arguments(progress=True))
+    assert "train: 40 samples that take 960 bytes, more than there is room for, read anew" in capsys.readouterr().err
+    kept = ffw_fast.extract(network(), train, val, **arguments())
+    assert torch.equal(scores_of(found), scores_of(kept))
+    assert found.metrics["best"] == kept.metrics["best"]
+
+
+@pytest.mark.parametrize("draw", DRAWS)
+def test_augmented_data_is_held_to_the_reference_without_cached_features(draw, capsys):
+    train, val = Items(samples(40), DRAWS[draw]), samples(20, seed=1)
+    generators = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].copy()  # noqa: NPY002
+    found = ffw_fast.extract(network(), train, val, **arguments(progress=True))
+    assert "train: 40 samples that are augmented at random, read anew in every pass" in capsys.readouterr().err
+    head_epochs = sum(row["head_epochs"] for row in found.history)
+    assert train.reads >= 40 * head_epochs
+    assert torch.equal(torch.get_rng_state(), generators[0])
+    assert random.getstate() == generators[1]
+    assert (np.random.get_state()[1] == generators[2]).all()  # noqa: NPY002
+    plain = reference.extract(network(), train, val, **arguments())
+    ours, theirs = scores_of(found), scores_of(plain)
+    assert not (ours - theirs).norm() > 1e-3 * theirs.norm()
+    assert [row["head_epochs"] for row in plain.history] == [row["head_epochs"] for row in found.history]
+    again = ffw_fast.extract(network(), train, val, **arguments())
+    assert torch.equal(scores_of(again), ours)
+
+
+def test_draws_depend_on_the_order_alone_and_not_on_workers_or_minibatches():
+    data = Items(samples(30), DRAWS["torch"])
+    loaders = [DataLoader(data, batch_size=4, num_workers=workers) for workers in (0, 2)]
+    streams = [as_samples(loader, "train", CLASSES).x for loader in loaders]
+    first = torch.cat(list(streams[0].split(7)))
+    assert torch.equal(torch.cat(list(streams[1].split(5))), first)
+    order = torch.randperm(30, generator=torch.Generator().manual_seed(0))
+    other = torch.cat(list(streams[0].in_order(order).split(30)))
+    assert torch.equal(torch.cat(list(streams[1].in_order(order).split(30))), other)
+    assert not torch.isclose(other, first[order]).any()
+
+
+def test_a_sampler_chooses_what_is_streamed(no_room):
+    data = samples(20)
+    data[0][:, 0] = torch.arange(20)
+    loader = DataLoader(Items(data), batch_size=4, sampler=SubsetRandomSampler([3, 5, 8]))
+    given = as_samples(loader, "train", CLASSES)
+    assert isinstance(given.x, Stream)
+    rows = given.x[:][:, 0].long()
+    assert sorted(rows.tolist()) == [3, 5, 8]
+    assert torch.equal(given.y, data[1][rows])
+
+
+def test_augmented_runs_resume_to_the_same_result(tmp_path):
+    train, val = Items(samples(40), DRAWS["torch"]), samples(20, seed=1)
+    straight = ffw_fast.extract(network(), train, val, **arguments(max_epochs=3))
+    ffw_fast.extract(network(), train, val, **arguments(max_epochs=1, run_dir=tmp_path))
+    resumed = ffw_fast.extract(network(), train, val, **arguments(max_epochs=3, run_dir=tmp_path, resume=True))
+    assert torch.equal(scores_of(resumed), scores_of(straight))
+
+
+def test_other_streamed_data_does_not_resume(no_room, tmp_path):
+    train, val = samples(40), samples(20, seed=1)
+    ffw_fast.extract(network(), Items(train), val, **arguments(max_epochs=1, run_dir=tmp_path))
+    train[0][7, 2] += 1e-3
+    with pytest.raises(ValueError, match="data was"):
+        ffw_fast.extract(network(), Items(train), val, **arguments(run_dir=tmp_path, resume=True))
+
+
+def test_fine_tuning_and_evaluation_read_streams_too(no_room):
+    train, val = Items(samples(40)), Items(samples(20, seed=1))
+    found = ffw_fast.extract(network(), train, val, **arguments(max_epochs=1))
+    tuned = found.finetune(train, val, epochs=2, gamma=0.5)
+    kept = found.finetune(train.data, val.data, epochs=2, gamma=0.5)
+    assert torch.equal(tuned.fc1.weight, kept.fc1.weight)
+    assert ffw_fast.evaluate(tuned, val) == ffw_fast.evaluate(tuned, val.data)
+
+
+class Endless(IterableDataset):
+    def __iter__(self):
+        while True:
+            yield from zip(*samples(8), strict=True)
+
+
+class Breaking(Items):
+    """Gives NaN when it is read for the hundredth time."""
+
+    def __getitem__(self, index):
+        x, y, b = super().__getitem__(index)
+        return (x / 0 if self.reads >= 100 else x), y, b
+
+
+def test_what_cannot_be_streamed_is_refused(no_room):
+    with pytest.raises(ValueError, match=r"train takes more than the 100 bytes .* cannot be streamed: give it as"):
+        as_samples(Endless(), "train", CLASSES)
+    with pytest.raises(ValueError, match=r"does not fit into memory .* needs a DataLoader with a batch_size"):
+        as_samples(DataLoader(Items(samples(9)), batch_size=None), "train", CLASSES)
+    with pytest.raises(ValueError, match=r"train gives samples .* or NaN or inf, when it is read again"):
+        ffw_fast.extract(network(), Breaking(samples(40)), samples(20), **arguments())
+    x, y, b = samples(40)
+    x[33, 2] = float("nan")
+    with pytest.raises(ValueError, match="train: x holds NaN"):
+        as_samples(Items((x, y, b)), "train", CLASSES)
