@@ -3,9 +3,10 @@
 from ffw_fast import reference
 from ffw_fast.backend import backend_info
 from ffw_fast.backend import load as _load_backend
+from ffw_fast.compact import compact, load_compacted
 from ffw_fast.evaluation import Evaluation, evaluate
 from ffw_fast.extract import extract
-from ffw_fast.extraction import Extraction
+from ffw_fast.extraction import Extraction, apply_masks, load_masks
 from ffw_fast.gates import GATES
 from ffw_fast.modules import (
     MaskedConv1d,
@@ -33,10 +34,14 @@ __all__ = [
     "MaskedConv3d",
     "MaskedLinear",
     "__version__",
+    "apply_masks",
     "backend_info",
+    "compact",
     "draw_gates",
     "evaluate",
     "extract",
+    "load_compacted",
+    "load_masks",
     "mask_model",
     "masked_layers",
     "mutual_information",

@@ -326,6 +326,7 @@ class Loop:
             best_scores=self._layers(self.best_scores),
             history=self.history,
             metrics={**self.metrics, "epochs": len(self.history), "seconds": self.seconds},
+            input_shape=tuple(self.train.x.shape[1:]),
         )
 
     def _layers(self, scores: Tensor) -> dict[str, Tensor]:

@@ -11,9 +11,11 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from ffw_fast.files import read_json, read_tensors, read_text, write_json, write_tensors, written_whole
+from ffw_fast.compact import compact as compacted
+from ffw_fast.files import ShapesCheck, read_json, read_tensors, read_text, write_json, write_tensors, written_whole
 from ffw_fast.finetune import finetune
 from ffw_fast.modules import DenseLayer, maskable_layers
+from ffw_fast.seeding import seeded_generator
 from ffw_fast.settings import Settings
 
 SCORES = "scores.safetensors"
@@ -38,6 +40,7 @@ class Extraction:
             pruned network was judged ``pruned_task_accuracy`` and ``pruned_bias_accuracy`` (list).
         metrics: ``vanilla``, ``pruned`` and ``best`` on the validation set, each with ``task_accuracy``,
             ``bias_accuracy`` (list), ``bias_mi`` (list) and ``sparsity``; ``epochs`` and ``seconds``.
+        input_shape: of one sample; empty where it is unknown.
     """
 
     dense_model: nn.Module
@@ -46,6 +49,7 @@ class Extraction:
     best_scores: dict[str, Tensor]
     history: list[dict[str, Any]]
     metrics: dict[str, Any]
+    input_shape: tuple[int, ...] = ()
 
     @property
     def masks(self) -> dict[str, Tensor]:
@@ -57,9 +61,28 @@ class Extraction:
         """Layer name -> boolean mask of the weights that the best scores keep."""
         return masks_of(self.best_scores)
 
-    def model(self, best: bool = False) -> nn.Module:
-        """The pruned network: a copy of the biased one, in eval mode, with zeros where the (best) scores are < 0."""
-        return apply_masks(copy.deepcopy(self.dense_model), self.best_masks if best else self.masks).eval()
+    def model(self, best: bool = False, compact: bool = False) -> nn.Module:
+        """The pruned network: a copy of the biased one, in eval mode, with zeros where the (best) scores are < 0.
+
+        With ``compact``, channels that zeros have made useless are cut out: it is smaller and computes the same; see
+        ``ffw_fast.compact`` for what stays and what is raised.
+        """
+        pruned = apply_masks(copy.deepcopy(self.dense_model), self.best_masks if best else self.masks).eval()
+        return compacted(pruned, self.example()) if compact else pruned
+
+    def example(self, count: int = 2) -> Tensor:
+        """Noise of shape (count, ...) that the network can be called with, on its device and in its dtype.
+
+        Raises:
+            ValueError: the shape of the input is not known.
+        """
+        if not self.input_shape:
+            raise ValueError(
+                "this extraction does not know the shape of its input: set input_shape, as in (3, 224, 224)"
+            )
+        source = seeded_generator(self.settings.seed, "example")
+        weight = next(self.dense_model.parameters())
+        return torch.randn(count, *self.input_shape, generator=source).to(weight)
 
     def finetune(self, train: Any, val: Any, epochs: int = 10, *, gamma: float = 0.0, best: bool = False) -> nn.Module:
         """The pruned network with its surviving weights trained further; see ``ffw_fast.finetune.finetune``."""
@@ -70,7 +93,7 @@ class Extraction:
         """Write ``config.json``, ``metrics.json``, ``history.csv``, the scores and the pruned network's weights."""
         folder = Path(directory)
         folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / CONFIG, {"settings": self.settings.as_dict()})
+        write_json(folder / CONFIG, {"settings": self.settings.as_dict(), "input_shape": list(self.input_shape)})
         write_json(folder / METRICS, self.metrics)
         write_history(folder / HISTORY, self.history)
         save_scores(folder / SCORES, self.scores)
@@ -88,12 +111,16 @@ class Extraction:
         folder = Path(directory)
         layers = maskable_layers(model)
         scores, best_scores = (load_scores(folder / name, layers) for name in (SCORES, BEST_SCORES))
-        settings = read_json(folder / CONFIG).get("settings") or {}
+        config = read_json(folder / CONFIG)
         try:
-            checked = Settings(**settings)
+            settings = Settings(**(config.get("settings") or {}))
         except (TypeError, ValueError) as error:
             raise ValueError(f"{folder / CONFIG} does not hold the settings of an extraction: {error}") from error
-        return cls(model, checked, scores, best_scores, read_history(folder / HISTORY), read_json(folder / METRICS))
+        shape = config.get("input_shape", [])
+        if not isinstance(shape, list) or not all(isinstance(size, int) and size > 0 for size in shape):
+            raise ValueError(f"{folder / CONFIG}: input_shape must be a list of positive integers, got {shape!r}")
+        history, metrics = read_history(folder / HISTORY), read_json(folder / METRICS)
+        return cls(model, settings, scores, best_scores, history, metrics, tuple(shape))
 
 
 def masks_of(scores: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -106,14 +133,36 @@ def apply_masks(model: nn.Module, masks: dict[str, Tensor]) -> nn.Module:
     """Give the named layers weights that are zero where their mask is false; returns the model.
 
     A weight that another module holds too, such as an embedding, stays there as it was: masks are of layers.
+
+    Raises:
+        ValueError: a layer that the model has not, or a mask of another shape than its weight; nothing is changed.
     """
+    layers = dict(model.named_modules())
     for name, mask in masks.items():
-        layer = model.get_submodule(name)
+        weight = getattr(layers.get(name), "weight", None)
+        if not isinstance(weight, Tensor):
+            raise ValueError(f"masks: {type(model).__name__} has no layer {name!r} with a weight")
+        if mask.shape != weight.shape:
+            raise ValueError(f"the mask of {name!r} has shape {tuple(mask.shape)}, expected {tuple(weight.shape)}")
+    for name, mask in masks.items():
+        layer = layers[name]
         weight = layer.weight
         assert isinstance(weight, Tensor)
         pruned = weight.masked_fill(~mask.to(weight.device), 0)
         layer.weight = nn.Parameter(pruned, requires_grad=weight.requires_grad)
     return model
+
+
+def load_masks(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """Layer name -> boolean mask of what is kept, from a ``scores.safetensors`` or ``best_scores.safetensors``.
+
+    For ``apply_masks``, ``torch.nn.utils.prune.custom_from_mask`` and the like, on any copy of the network.
+
+    Raises:
+        FileNotFoundError: the file is missing.
+        ValueError: the file is damaged, or what it holds are no scores, or NaN.
+    """
+    return masks_of(_read_scores(Path(path)))
 
 
 def sparsity(masks: dict[str, Tensor]) -> float:
@@ -141,13 +190,18 @@ def load_scores(path: Path, layers: dict[str, DenseLayer]) -> dict[str, Tensor]:
             if shape != (expected := tuple(layers[name].weight.shape)):
                 raise ValueError(f"{path}: the scores of {name!r} have shape {shape}, expected {expected}")
 
+    scores = _read_scores(path, check)
+    return {name: score.to(layers[name].weight.device) for name, score in scores.items()}
+
+
+def _read_scores(path: Path, check: ShapesCheck | None = None) -> dict[str, Tensor]:
     scores, _ = read_tensors(path, check)
     for name, score in scores.items():
         if not score.is_floating_point():
-            raise ValueError(f"{path}: the scores of {name!r} are {score.dtype}, expected {layers[name].weight.dtype}")
+            raise ValueError(f"{path}: the scores of {name!r} are {score.dtype}, expected a floating-point format")
         if score.isnan().any():
             raise ValueError(f"{path}: the scores of {name!r} hold NaN, which neither keeps a weight nor prunes it")
-    return {name: score.to(layers[name].weight.device) for name, score in scores.items()}
+    return scores
 
 
 def write_history(path: Path, history: list[dict[str, Any]]) -> None:

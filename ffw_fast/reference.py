@@ -181,7 +181,8 @@ class Reference:
         shift = judging_shift(settings.kind, self.temperature.item(), schedule.anneals)
         scores = {name: score.detach() + shift for name, score in self.scores.items()}
         metrics |= {"epochs": len(history), "seconds": time.perf_counter() - started}
-        return Extraction(self.dense_model, settings, scores, best_scores, history, metrics)
+        input_shape = tuple(self.train.x.shape[1:])
+        return Extraction(self.dense_model, settings, scores, best_scores, history, metrics, input_shape)
 
     def uniforms(self) -> dict[str, Tensor | None]:
         """Each layer's uniform numbers: one draw for each update of the scores."""

@@ -48,7 +48,9 @@ VANILLA = "vanilla.safetensors"
 VANILLA_RECORD = "vanilla.json"
 RESULTS = (CHECKPOINT, PREVIOUS, SCORES, BEST_SCORES, MODEL, METRICS, HISTORY)  # of one extraction from one network
 STAGING = ".writing-"
-MAY_DIFFER = ("settings", "max_epochs", "samples", "device", "versions", "machine", "backend")  # between resumed runs
+MAY_DIFFER = (  # between resumed runs
+    "settings", "max_epochs", "samples", "input_shape", "device", "versions", "machine", "backend"
+)  # fmt: skip
 SHUFFLES = 10  # of the labels, for the floor of the MI
 
 
@@ -120,6 +122,7 @@ def _run_locked(request: Request, config: dict[str, Any], progress: Progress) ->
         progress.stage("data")
         splits = request.workload.load(request.data_dir, request.seed, **request.data_options)
         config["samples"] = {name: len(getattr(splits, name).y) for name in ("vanilla", "train", "val", "test")}
+        config["input_shape"] = list(splits.train.x.shape[1:])
         clock.lap("data")
         vanilla = trained_vanilla(request, splits, progress)
         clock.lap("vanilla")

@@ -9,11 +9,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.nn.utils import prune
 
 from ffw_fast import extraction as files
-from ffw_fast import heads
+from ffw_fast import heads, reference
 from ffw_fast.extract import extract
-from ffw_fast.extraction import Extraction, apply_masks, read_history, read_json, write_history
+from ffw_fast.extraction import Extraction, apply_masks, load_masks, read_history, read_json, write_history
 from tests.tiny import CLASSES, arguments, network, samples
 
 WRITTEN = [files.CONFIG, files.METRICS, files.HISTORY, files.SCORES, files.BEST_SCORES, files.MODEL]
@@ -282,3 +283,79 @@ def test_json_is_written_whole_or_not_at_all(tmp_path):
         files.write_json(path, {"model": object()})
     assert read_json(path) == {"epochs": 3}
     assert json.loads(path.read_text()) == {"epochs": 3}
+
+
+# smaller networks and masks -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("best", [False, True])
+def test_a_compact_model_computes_the_same(found, best):
+    pytest.importorskip("torch_pruning", reason="the extra 'compact' is not installed")
+    pruned = copy.deepcopy(found)
+    for scores in (pruned.scores, pruned.best_scores):
+        scores["fc1"][:3] = -1
+    dense, small = pruned.model(best), pruned.model(best, compact=True)
+    assert small.fc1.out_features <= 5 < dense.fc1.out_features
+    x, _, _ = samples(20)
+    torch.testing.assert_close(small(x), dense(x))
+
+
+def test_the_shape_of_the_input_is_remembered(found, folder):
+    assert found.input_shape == (6,)
+    loaded = Extraction.load(folder, found.dense_model)
+    assert loaded.input_shape == (6,)
+    assert loaded.example(3).shape == (3, 6)
+    assert torch.equal(loaded.example(), found.example())
+    loaded.input_shape = ()
+    with pytest.raises(ValueError, match="does not know the shape of its input"):
+        loaded.model(compact=True)
+
+
+def test_the_reference_remembers_the_shape_of_the_input():
+    found = reference.extract(network(), samples(40, 2, 1), samples(30, 2, 2), **arguments(max_epochs=1))
+    assert found.input_shape == (6,)
+
+
+@pytest.mark.parametrize("shape", ["6", [0], [2.5], {"height": 3}])
+def test_a_bad_shape_on_disk(found, folder, shape):
+    config = read_json(folder / files.CONFIG)
+    files.write_json(folder / files.CONFIG, {**config, "input_shape": shape})
+    with pytest.raises(ValueError, match=r"config.json: input_shape must be a list of positive integers"):
+        Extraction.load(folder, found.dense_model)
+
+
+def test_masks_from_disk_prune_any_copy_of_the_network(found, folder):
+    masks = load_masks(folder / files.SCORES)
+    assert all(torch.equal(masks[name], mask) for name, mask in found.masks.items())
+    by_us, by_torch = network(), network()
+    apply_masks(by_us, masks)
+    for name, mask in masks.items():
+        prune.custom_from_mask(by_torch.get_submodule(name), "weight", mask)
+    x, _, _ = samples(20)
+    assert torch.equal(by_us(x), by_torch(x))
+    assert torch.equal(by_us(x), found.model()(x))
+
+
+@pytest.mark.parametrize(
+    ("masks", "message"),
+    [
+        ({"fc3": torch.ones(8, 6, dtype=torch.bool)}, "Sequential has no layer 'fc3'"),
+        ({"relu": torch.ones(8, dtype=torch.bool)}, "Sequential has no layer 'relu' with a weight"),
+        ({"fc1": torch.ones(6, 8, dtype=torch.bool)}, r"mask of 'fc1' has shape \(6, 8\), expected \(8, 6\)"),
+    ],
+)
+def test_masks_of_another_network_are_refused(masks, message):
+    model = network()
+    whole = {"classifier": torch.zeros(CLASSES, 8, dtype=torch.bool)}
+    with pytest.raises(ValueError, match=message):
+        apply_masks(model, whole | masks)
+    assert model.classifier.weight.any(), "nothing was pruned"
+
+
+def test_masks_that_are_no_scores_are_refused(tmp_path):
+    files.write_tensors(tmp_path / "masks.safetensors", {"fc1": torch.ones(2, dtype=torch.int64)})
+    with pytest.raises(ValueError, match=r"the scores of 'fc1' are torch\.int64"):
+        load_masks(tmp_path / "masks.safetensors")
+    (tmp_path / "masks.safetensors").write_bytes(b"no tensors")
+    with pytest.raises(ValueError, match="is damaged"):
+        load_masks(tmp_path / "masks.safetensors")
