@@ -20,6 +20,7 @@ from ffw_fast.benchmarks.machine import describe
 from torch import Tensor, nn
 
 from ffw_fast import backend
+from ffw_fast.convolutions import use_cheapest_convolutions
 from ffw_fast.fft_conv import (
     BatchInnermostPool,
     FftConv2d,
@@ -28,7 +29,6 @@ from ffw_fast.fft_conv import (
     fft_cost,
     has_compiled_kernel,
     spectrum_sizes,
-    use_fft_convolutions,
 )
 from ffw_fast.models import SimpleConvNet
 
@@ -151,7 +151,7 @@ def compare_network(batch: int, size: int, repeats: int) -> None:
     plain = frozen_network()
     chosen, everywhere = copy.deepcopy(plain), copy.deepcopy(plain)
     x, labels = torch.randn(batch, 3, size, size), torch.randint(10, (batch,))
-    names = use_fft_convolutions(chosen, x[:2])
+    names = use_cheapest_convolutions(chosen, x[:2])
     everywhere_by_fft(everywhere)
     models = [plain, chosen, everywhere]
     reference = step_of(plain, x, labels)

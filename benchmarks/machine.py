@@ -1,5 +1,6 @@
 """What the machine can do, measured in the same run as everything that is held against it, and what it is."""
 
+import os
 import platform
 import time
 from collections.abc import Callable
@@ -92,6 +93,7 @@ def describe() -> dict[str, Any]:
         "processor": _processor(),
         "instruction_set": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
+        "huge_pages": os.environ.get("THP_MEM_ALLOC_ENABLE") == "1",
         "torch": torch.__version__,
         "python": platform.python_version(),
         "system": platform.platform(),

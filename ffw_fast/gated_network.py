@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from ffw_fast import ops, philox
+from ffw_fast.convolutions import use_cheapest_convolutions
 from ffw_fast.data.samples import Inputs
-from ffw_fast.fft_conv import use_fft_convolutions
 from ffw_fast.gates import GateKind, gate_movement
 from ffw_fast.modules import flat_offsets, maskable_layers
 from ffw_fast.simplify import simplified
@@ -122,7 +122,7 @@ class GatedNetwork:
         for name, gated in self.gates.views(self.gates.gated.detach()).items():
             layers[name].weight = nn.Parameter(gated)
             layers[name].weight.grad = gradients[name]
-        use_fft_convolutions(self.module, example)
+        use_cheapest_convolutions(self.module, example)
         self._features: Tensor | None = None
         self._stop = False
         bottleneck_module(self.module, bottleneck).register_forward_hook(self._keep_features)

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ffw_fast.convolutions import cheapest_convolutions
 from ffw_fast.data.samples import Samples
 from ffw_fast.seeding import epoch_order
 
@@ -89,12 +90,13 @@ def train_vanilla(
     device = torch.device(device) if device is not None else next(model.parameters()).device
     samples = samples.to(device)
     model.to(device).train()
-    optimizer = recipe.build_optimizer(model)
+    optimizer, example = recipe.build_optimizer(model), samples.x[:2]
     for epoch in range(recipe.epochs):
         for group in optimizer.param_groups:
             group["lr"] = recipe.learning_rate(epoch)
         order = epoch_order(len(samples.y), seed, "vanilla batches", epoch)
-        loss = _train_epoch(model, samples.batches(order, recipe.batch_size), optimizer, precision)
+        with cheapest_convolutions(model, example):
+            loss = _train_epoch(model, samples.batches(order, recipe.batch_size), optimizer, precision)
         if not math.isfinite(loss):
             raise FloatingPointError(
                 f"the vanilla network's training loss is {loss} in epoch {epoch + 1} of {recipe.epochs} "

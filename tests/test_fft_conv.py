@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from ffw_fast import fft_conv
+from ffw_fast.convolutions import use_cheapest_convolutions
 from ffw_fast.fft_conv import (
     BatchInnermostPool,
     FftConv2d,
@@ -23,7 +24,6 @@ from ffw_fast.fft_conv import (
     kept_frequencies,
     spectrum_sizes,
     transform_length,
-    use_fft_convolutions,
 )
 from ffw_fast.models import SimpleConvNet
 
@@ -327,20 +327,20 @@ def test_network_keeps_its_results(compiled_convolution):
     plain = frozen_network()
     fast = copy.deepcopy(plain)
     x = torch.randn(6, 3, 14, 14, generator=torch.Generator().manual_seed(1))
-    assert use_fft_convolutions(fast, x[:2]) == ["conv2", "conv3", "conv4"]
+    assert use_cheapest_convolutions(fast, x[:2]) == dict.fromkeys(["conv2", "conv3", "conv4"], "fft")
     assert isinstance(fast.pool, BatchInnermostPool)
     exact = step(copy.deepcopy(plain).double(), x.double())
     for ours, torchs, reference in zip(step(fast, x), step(plain, x), exact, strict=True):
         # A pixel near 0 that rounding puts on the other side of a ReLU weighs more than the rounding itself.
         assert rms(ours - reference) <= 4 * rms(torchs - reference) + 1e-3 * rms(reference)
     assert list(fast.state_dict()) == list(plain.state_dict())
-    assert use_fft_convolutions(fast, x[:2]) == []
+    assert use_cheapest_convolutions(fast, x[:2]) == {}
 
 
 def test_network_stays_batch_innermost(compiled_convolution):
     model = frozen_network()
     x = torch.randn(6, 3, 14, 14)
-    use_fft_convolutions(model, x[:2])
+    use_cheapest_convolutions(model, x[:2])
     seen = {}
 
     def note(name):
@@ -358,22 +358,6 @@ def test_network_stays_batch_innermost(compiled_convolution):
     step(model, x)
     assert {strides[0] for strides in seen.values()} == {1}
     assert seen["conv4", "grad"] == seen["conv4", "output"]
-
-
-def test_only_clearly_cheaper_layers_are_changed(compiled_convolution):
-    model = nn.Sequential(
-        nn.Conv2d(16, 16, 3, padding=1),
-        nn.Conv2d(16, 64, 7, padding=3, stride=2),
-        nn.Conv2d(64, 64, 7, padding=3, groups=2),
-        nn.Conv2d(64, 64, 7, padding=0),
-        nn.Conv2d(64, 64, 7, padding=3, padding_mode="circular"),
-        nn.Conv2d(64, 64, 7, padding="same"),
-    )
-    assert use_fft_convolutions(model, torch.randn(2, 16, 28, 28)) == ["5"]
-    assert (
-        use_fft_convolutions(nn.Conv2d(64, 64, 7, padding=3).double(), torch.randn(2, 64, 9, 9).double())
-        == []
-    )
 
 
 def test_autocast_is_left_alone(compiled_convolution):

@@ -1,0 +1,89 @@
+"""The cheapest exact way to each convolution of a network on the CPU, chosen by shapes alone.
+
+Images of a few pixels are multiplied by one matrix (``ffw_fast.unrolled_conv``); where FFTs need fewer FLOPs they are
+used (``ffw_fast.fft_conv``); everything else stays PyTorch's own.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from ffw_fast.fft_conv import BatchInnermostPool, FftConv2d, can_use_fft, has_compiled_kernel, is_worth_it
+from ffw_fast.unrolled_conv import UnrolledConv2d, is_worth_unrolling
+
+Sizes = set[tuple[int, int]]
+
+
+@torch.no_grad()
+def use_cheapest_convolutions(model: nn.Module, example: Tensor) -> dict[str, str]:
+    """Choose for each ``nn.Conv2d`` of a model on the CPU, in place.
+
+    Only the class of such a layer changes, so parameters, hooks and names stay as they are. Behind FFT convolutions a
+    global average pool keeps the batch innermost, too. A batch norm does not, so it is best folded before.
+
+    Args:
+        model: any module; it is run once, without gradients, in the mode that it is in.
+        example: a few samples, of the shape that it will be run on.
+
+    Returns:
+        Name of each layer that was changed -> "unrolled" or "fft".
+    """
+    if example.device.type != "cpu" or not any(type(layer) is nn.Conv2d for layer in model.modules()):
+        return {}
+    sizes = _image_sizes(model, example)
+    chosen = {name: _cheapest(layer, sizes[layer]) for name, layer in model.named_modules() if layer in sizes}
+    for name, way in chosen.items():
+        if way is not None:
+            model.get_submodule(name).__class__ = CLASSES[way]
+    if "fft" in chosen.values():
+        for module in model.modules():
+            if type(module) is nn.AdaptiveAvgPool2d and module.output_size in (1, (1, 1)):
+                module.__class__ = BatchInnermostPool
+    return {name: way for name, way in chosen.items() if way is not None}
+
+
+CLASSES: dict[str, type[nn.Conv2d]] = {"unrolled": UnrolledConv2d, "fft": FftConv2d}
+
+
+def _cheapest(layer: nn.Conv2d, sizes: Sizes) -> str | None:
+    if all(is_worth_unrolling(layer, *size) for size in sizes):
+        return "unrolled"
+    if can_use_fft(layer) and has_compiled_kernel() and all(is_worth_it(*size, layer.weight.shape) for size in sizes):
+        return "fft"
+    return None
+
+
+@contextmanager
+def cheapest_convolutions(model: nn.Module, example: Tensor) -> Iterator[None]:
+    """Within it the model's convolutions are the cheapest ones; afterwards its modules are what they were."""
+    classes = {module: module.__class__ for module in model.modules()}
+    was_training = model.training
+    try:
+        use_cheapest_convolutions(model.eval(), example)  # in eval mode running statistics stay as they are
+        model.train(was_training)
+        yield
+    finally:
+        for module, was in classes.items():
+            module.__class__ = was
+            module.__dict__.pop("_taps_by_size", None)
+
+
+def _image_sizes(model: nn.Module, example: Tensor) -> dict[nn.Conv2d, Sizes]:
+    """Heights and widths of the images that each convolution gets."""
+    sizes: dict[nn.Conv2d, Sizes] = {}
+
+    def note(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        assert isinstance(layer, nn.Conv2d)
+        if inputs[0].dim() == 4:
+            sizes.setdefault(layer, set()).add((inputs[0].shape[2], inputs[0].shape[3]))
+
+    layers = [layer for layer in model.modules() if type(layer) is nn.Conv2d]
+    hooks = [layer.register_forward_pre_hook(note) for layer in layers]
+    try:
+        model(example.clone())  # a copy, for a layer may overwrite its input
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return sizes
