@@ -3,25 +3,30 @@
 import argparse
 import importlib
 import json
+import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from ffw_fast.backend import backend_info
 from ffw_fast.benchmarks import BENCHES
 from ffw_fast.compare import compare, comparison_table, default_settings
+from ffw_fast.engines import Engine, LocalProcesses, RayCluster
 from ffw_fast.gates import GATES
+from ffw_fast.grid import accept_grids, combinations
 from ffw_fast.interrupts import Terminated, ending_signals_raise, exit_code
 from ffw_fast.modules import GRANULARITIES
 from ffw_fast.progress import describe_time, make_progress
-from ffw_fast.run import Request, run_workload
+from ffw_fast.run import Request, check_folder, prepare_vanilla, run_workload
+from ffw_fast.run_lock import locked
 from ffw_fast.run_state import CHECKPOINT
 from ffw_fast.schedule import SCHEDULES
 from ffw_fast.settings import PRECISIONS
 from ffw_fast.summary import metrics_table, print_table
+from ffw_fast.sweep import FINISHED, TABLE, Trial, sweep, sweep_table, trial_name
 from ffw_fast.version import __version__
 from ffw_fast.workloads import WORKLOADS, Workload
 
@@ -30,6 +35,9 @@ ERRORS = (ValueError, TypeError, OSError, ImportError, FloatingPointError)
 EXTRACTION_OPTIONS = (
     "gamma", "alpha", "gate", "granularity", "schedule", "anneal_rate", "max_epochs", "batch_size", "precision"
 )  # fmt: skip
+
+SINGLE = ("out", "data_dir", "device", "processes", "threads", "retries", "address")  # take one value in a sweep
+NO_SETTING = ("out", "processes", "threads", "retries", "ray", "address", "quiet")  # of a sweep, not of its runs
 
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
@@ -93,6 +101,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     _add_run(commands)
     _add_compare(commands)
+    _add_sweep(commands)
     _add_bench(commands)
     _add_info(commands)
     return parser
@@ -109,16 +118,22 @@ def _add_run(commands: Commands) -> None:
     workloads = _add_workloads(run, "ffw-fast run")
     for workload in WORKLOADS.values():
         parser = _workload_parser(workloads, workload, out=f"runs/{workload.name}")
-        add = _adder(parser)
-        add("--seed", int, 0, "N", "seed of data, networks, heads and orders")
-        add("--gamma", float, workload.default_gamma, "W", "weight of the mutual information in the objective")
-        parser.add_argument(
-            "--schedule", choices=SCHEDULES, default="published", help=f"how the temperature falls {DEFAULT}"
-        )
+        _add_setting(parser, workload)
         parser.add_argument(
             "--resume", action="store_true", help="continue from the run folder's checkpoint, where there is one"
         )
+        parser.add_argument("--vanilla-only", action="store_true", help="train the biased network and stop there")
         parser.set_defaults(command=_run)
+
+
+def _add_setting(parser: argparse.ArgumentParser, workload: Workload) -> None:
+    """What one extraction differs in from another of the same workload."""
+    add = _adder(parser)
+    add("--seed", int, 0, "N", "seed of data, networks, heads and orders")
+    add("--gamma", float, workload.default_gamma, "W", "weight of the mutual information in the objective")
+    parser.add_argument(
+        "--schedule", choices=SCHEDULES, default="published", help=f"how the temperature falls {DEFAULT}"
+    )
 
 
 def _add_compare(commands: Commands) -> None:
@@ -141,6 +156,36 @@ def _add_compare(commands: Commands) -> None:
                 flag, type=kind, nargs="+", metavar="N", default=values, help=f"{text} (default: {shown})"
             )
         parser.set_defaults(command=_compare)
+
+
+def _add_sweep(commands: Commands) -> None:
+    sweep = commands.add_parser(
+        "sweep",
+        help="many extractions over a grid of settings, beside each other, into one table",
+        description="Extracts at every combination of settings: of any option that takes one value it takes several.",
+        usage="ffw-fast sweep WORKLOAD [options, each with one value or several: --gamma 1,3,10 --seed 0..9]",
+        epilog="ffw-fast sweep WORKLOAD --help shows the options of a workload.",
+    )
+    workloads = _add_workloads(sweep, "ffw-fast sweep")
+    for workload in WORKLOADS.values():
+        parser = _workload_parser(workloads, workload, out=f"runs/sweep-{workload.name}")
+        _add_setting(parser, workload)
+        engine = parser.add_argument_group(
+            "sweep",
+            "Every option above takes several values (1,3,10 or 0..9), but for the folders, the device and those "
+            "without a value. What is finished in the folder is not run again, the rest goes on from its checkpoints.",
+        )
+        for flag, text in (
+            ("--processes", "how many run beside each other (default: as many as there are cores)"),
+            ("--threads", "of each (default: the cores shared out; on Ray 1)"),
+        ):
+            engine.add_argument(flag, type=int, metavar="N", help=text)
+        add = _adder(engine)
+        add("--retries", int, 2, "N", "how often one that was killed is taken up again")
+        engine.add_argument("--ray", action="store_true", help="run on Ray, a local one unless --address names another")
+        engine.add_argument("--address", help="of a Ray cluster whose machines share the folder, such as auto")
+        accept_grids(parser, SINGLE)
+        parser.set_defaults(command=_sweep, parser=parser)
 
 
 def _add_workloads(command: argparse.ArgumentParser, prog: str) -> Commands:
@@ -208,12 +253,58 @@ def _request(options: argparse.Namespace) -> Request:
 def _run(options: argparse.Namespace) -> int:
     request = _request(options)
     workload = request.workload
+    if options.vanilla_only:
+        prepare_vanilla(request, make_progress(not options.quiet))
+        return 0
     metrics = run_workload(request, make_progress(not options.quiet))
     print_table(metrics_table(metrics, workload.bias_names, workload.num_bias_classes))
     stages = ", ".join(f"{stage} {describe_time(seconds)}" for stage, seconds in metrics["stages"].items())
     print(f"{metrics['epochs']} epochs; {stages}")
     print(f"run folder: {options.out}")
     return 0
+
+
+def _sweep(options: argparse.Namespace) -> int:
+    out = Path(options.out).absolute()  # other machines work elsewhere
+    options.data_dir = options.data_dir and os.path.abspath(options.data_dir)
+    trials = [_trial(out, options.workload, *setting) for setting in combinations(options.parser, options, NO_SETTING)]
+    check_folder(out)
+    with locked(out), _engine(options, len(trials)) as engine:
+        rows = sweep(out, trials, engine, make_progress(not options.quiet))
+    workload = WORKLOADS[options.workload]
+    failed = [row for row in rows if row["status"] != FINISHED]
+    if len(failed) < len(rows):
+        print_table(sweep_table(rows, workload.bias_names))
+    print(f"table of all settings: {out / TABLE}")
+    for row in failed:
+        print(f"ffw-fast: error: {row['trial']}: {row['status']}", file=sys.stderr)
+    return 2 if failed else 0
+
+
+def _trial(out: Path, workload: str, varied: dict[str, Any], arguments: list[str]) -> Trial:
+    command = ("run", workload, *arguments)
+    folder = ("--out", str(out / trial_name(varied)))
+    return Trial(varied, _request(build_parser().parse_args([*command, *folder])), command)
+
+
+@contextmanager
+def _engine(options: argparse.Namespace, trials: int) -> Iterator[Engine]:
+    """Where the sweep's commands run."""
+    for name, least in (("processes", 1), ("threads", 1), ("retries", 0)):
+        value = getattr(options, name)
+        if value is not None and value < least:
+            raise ValueError(f"{name} must be at least {least}, got {value}")
+    if options.ray or options.address is not None:
+        gpus = int((options.device or "cpu").startswith("cuda"))
+        cluster = RayCluster(options.address, options.threads or 1, gpus, options.retries)
+        try:
+            yield cluster
+        finally:
+            cluster.close()
+        return
+    cores = len(os.sched_getaffinity(0))
+    processes = options.processes or min(trials, max(1, cores // (options.threads or 1)))
+    yield LocalProcesses(processes, options.threads or max(1, cores // processes), options.retries)
 
 
 def _compare(options: argparse.Namespace) -> int:

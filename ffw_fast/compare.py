@@ -143,11 +143,11 @@ def comparison_table(rows: dict[str, list[dict[str, Any]]], bias_names: tuple[st
     for column in ("sparsity", "epochs", "seconds"):
         table.add_column(column, justify="right")
     for name, found in rows.items():
-        biases = [_spread([row["bias_accuracy"][index] for row in found]) for index in range(len(bias_names))]
+        biases = [spread([row["bias_accuracy"][index] for row in found]) for index in range(len(bias_names))]
         table.add_row(
             name,
-            _spread([row["task_accuracy"] for row in found]),
-            _spread([min(row["groups"]["bias_worst_group"]) for row in found]),
+            spread([row["task_accuracy"] for row in found]),
+            spread([min(row["groups"]["bias_worst_group"]) for row in found]),
             *biases,
             f"{mean(row['sparsity'] for row in found):.2f}",
             f"{mean(row['epochs'] for row in found):.0f}",
@@ -156,7 +156,8 @@ def comparison_table(rows: dict[str, list[dict[str, Any]]], bias_names: tuple[st
     return table
 
 
-def _spread(values: list[float]) -> str:
+def spread(values: list[float]) -> str:
+    """Mean and standard deviation."""
     return f"{mean(values):.3f} ± {stdev(values):.3f}" if len(values) > 1 else f"{values[0]:.3f}"
 
 

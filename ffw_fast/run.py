@@ -147,6 +147,36 @@ def _run_locked(request: Request, config: dict[str, Any], progress: Progress) ->
     return metrics
 
 
+def prepare_vanilla(request: Request, progress: Progress) -> None:
+    """Train the biased network alone, into the run folder, unless it is there already.
+
+    Raises:
+        OSError, ValueError, ImportError, FloatingPointError: as in ``run_workload``.
+    """
+    check_device(request.device)
+    check_folder(request.out)
+    with locked(request.out), progress:
+        _remove_leftovers(request.out)
+        progress.stage("data")
+        splits = request.workload.load(request.data_dir, request.seed, **request.data_options)
+        trained_vanilla(request, splits, progress)
+
+
+def is_finished(request: Request) -> bool:
+    """Whether the run folder holds all results of this very request, its number of epochs included.
+
+    Raises:
+        ValueError: it holds another run.
+    """
+    config = _config(request)
+    _check_resumed(request.out, config)
+    try:
+        kept, metrics = read_json(request.out / CONFIG), read_json(request.out / METRICS)
+    except (FileNotFoundError, ValueError):  # not begun, or killed while it wrote
+        return False
+    return kept.get("settings") == config["settings"] and metrics.get("complete") is True
+
+
 def _extract_or_reach(
     request: Request, vanilla: nn.Module, splits: Splits, progress: Progress
 ) -> tuple[Extraction, bool]:
@@ -286,19 +316,23 @@ def _as_json(recipe: Recipe) -> dict[str, Any]:
     return {**asdict(recipe), "milestones": list(recipe.milestones)}
 
 
+def vanilla_identity(request: Request) -> dict[str, Any]:
+    """What the biased network depends on: requests that agree in it can share one."""
+    return {
+        "workload": request.workload.name,
+        "data_dir": request.data_dir and os.path.abspath(request.data_dir),
+        "data_options": request.data_options,
+        "seed": request.seed,
+        "recipe": _as_json(request.recipe),
+        "precision": request.settings.precision,
+    }
+
+
 def trained_vanilla(request: Request, splits: Splits, progress: Progress) -> nn.Module:
     """The biased network: from the run folder where it was trained there in the same way, else trained now."""
     recipe, settings = request.recipe, request.settings
     model = request.workload.build_model(request.seed)
-    record = {
-        "recipe": _as_json(recipe),
-        "precision": settings.precision,
-        "seed": request.seed,
-        "data_dir": request.data_dir and os.path.abspath(request.data_dir),
-        "data_options": request.data_options,
-        "samples": len(splits.vanilla.y),
-        "workload": request.workload.name,
-    }
+    record = {**vanilla_identity(request), "samples": len(splits.vanilla.y)}
     if (kept := _kept_vanilla(request.out, record)) is not None:
         model.load_state_dict(kept)
         return model.to(request.device or "cpu").eval()

@@ -1,0 +1,190 @@
+"""Many extractions of one workload over a grid of settings, and one table of what came out.
+
+Every setting is a run folder of its own, as ``ffw-fast run`` makes it, so whatever reads one reads these. Biased
+networks are trained once each, before the extractions, and shared. What is finished is never run again.
+"""
+
+import csv
+import re
+import shutil
+from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from hashlib import blake2b
+from json import dumps
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from rich.table import Table
+
+from ffw_fast.compare import spread
+from ffw_fast.engines import Engine, Job
+from ffw_fast.extraction import METRICS
+from ffw_fast.files import read_json, written_whole
+from ffw_fast.progress import Progress
+from ffw_fast.run import VANILLA, VANILLA_RECORD, Request, is_finished, vanilla_identity
+from ffw_fast.summary import NETWORKS
+
+TABLE = "sweep.csv"
+VANILLA_FOLDER = "vanilla"
+FINISHED = "finished"
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One setting of a sweep.
+
+    Attributes:
+        varied: the options in which the settings of the sweep differ, with this one's values.
+        request: what ``ffw-fast run`` is asked for.
+        arguments: the command line that asks for it, without the folder.
+    """
+
+    varied: dict[str, Any]
+    request: Request
+    arguments: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        """Of its folder."""
+        return trial_name(self.varied)
+
+    def job(self) -> Job:
+        """Its extraction."""
+        return self._job(self.request.out, ())
+
+    def vanilla_job(self, folder: Path) -> Job:
+        """The training of its biased network alone."""
+        return self._job(folder, ("--vanilla-only",))
+
+    def _job(self, folder: Path, extra: tuple[str, ...]) -> Job:
+        return Job((*self.arguments, "--out", str(folder), "--resume", *extra), folder)
+
+
+def trial_name(varied: dict[str, Any]) -> str:
+    """A folder's name that tells the setting: ``gamma-3_seed-1``."""
+    parts = (f"{name}-{re.sub(r'[^A-Za-z0-9.+-]+', '-', short(value))}" for name, value in varied.items())
+    return "_".join(parts) or "run"
+
+
+def short(value: Any) -> str:
+    """As short as it is exact: 3.0 is 3."""
+    return f"{value:g}" if isinstance(value, float) and float(f"{value:g}") == value else str(value)
+
+
+def sweep(out: Path, trials: Sequence[Trial], engine: Engine, progress: Progress) -> list[Row]:
+    """Run all trials that are not finished; one row each, in the order of the grid, which ``sweep.csv`` holds too.
+
+    A trial that fails has its reason in the row; the others go on.
+
+    Raises:
+        ValueError: settings that share a folder, or a folder that holds another run than the sweep's.
+        KeyboardInterrupt: what is finished stays, and the rest goes on from its checkpoints in the next call.
+    """
+    folders = [trial.request.out for trial in trials]
+    if clash := [folder for folder in folders if folders.count(folder) > 1]:
+        raise ValueError(f"two settings of the sweep share the folder {clash[0]}")
+    status = {trial.request.out: FINISHED if is_finished(trial.request) else "" for trial in trials}
+    open_trials = [trial for trial in trials if not status[trial.request.out]]
+    with progress:
+        status |= _share_vanilla(out, open_trials, engine, progress)
+        jobs = [trial.job() for trial in open_trials if not status[trial.request.out]]
+        progress.stage(f"sweep of {len(trials)} settings", len(jobs))
+        _write_table(out, trials, status)
+        with closing(engine.run(jobs)) as outcomes:
+            for done, (job, failure) in enumerate(outcomes, 1):
+                status[job.folder] = failure or FINISHED
+                _write_table(out, trials, status)
+                progress.tick(done, f"{job.folder.name}: {failure or 'finished'}")
+    return rows_of(trials, status)
+
+
+def _share_vanilla(out: Path, trials: Sequence[Trial], engine: Engine, progress: Progress) -> dict[Path, str]:
+    """Give every trial's folder its biased network; why not, by folder, where its training failed."""
+    groups: dict[Path, list[Trial]] = {}
+    for trial in trials:
+        key = blake2b(dumps(vanilla_identity(trial.request), sort_keys=True).encode(), digest_size=6).hexdigest()
+        groups.setdefault(out / VANILLA_FOLDER / key, []).append(trial)
+    progress.stage(f"{len(groups)} biased networks", len(groups))
+    failures: dict[Path, str] = {}
+    jobs = [members[0].vanilla_job(folder) for folder, members in groups.items()]
+    with closing(engine.run(jobs)) as outcomes:
+        for done, (job, failure) in enumerate(outcomes, 1):
+            for trial in groups[job.folder]:
+                if failure:
+                    failures[trial.request.out] = f"its biased network: {failure}"
+                else:
+                    _copy_vanilla(job.folder, trial.request.out)
+            progress.tick(done, failure or "trained")
+    return failures
+
+
+def _copy_vanilla(source: Path, folder: Path) -> None:
+    """A trial's biased network, unless the folder has one already; a copy, since a run may replace its own."""
+    if (folder / VANILLA_RECORD).exists():
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in (VANILLA, VANILLA_RECORD):
+        shutil.copyfile(source / name, folder / name)
+
+
+def rows_of(trials: Sequence[Trial], status: dict[Path, str]) -> list[Row]:
+    """What every finished trial measured, from its folder, and the state of the others."""
+    return [_row(trial, status[trial.request.out]) for trial in trials]
+
+
+def _row(trial: Trial, status: str) -> Row:
+    row: Row = {"trial": trial.name, **trial.varied, "status": status or "not run"}
+    if status != FINISHED:
+        return row
+    metrics = read_json(trial.request.out / METRICS)
+    for network in NETWORKS:
+        measured = metrics[network]
+        row[f"{network}_task_accuracy"] = measured["task_accuracy"]
+        row[f"{network}_worst_group"] = min(measured["groups"]["bias_worst_group"])
+        for index, _ in enumerate(measured["bias_accuracy"]):
+            row[f"{network}_bias_accuracy_{index + 1}"] = measured["bias_accuracy"][index]
+            row[f"{network}_bias_mi_{index + 1}"] = measured["bias_mi"][index]
+        row[f"{network}_sparsity"] = measured["sparsity"]
+    return {**row, "epochs": metrics["epochs"], "seconds": metrics["seconds"]}
+
+
+def _write_table(out: Path, trials: Sequence[Trial], status: dict[Path, str]) -> None:
+    rows = rows_of(trials, status)
+    with written_whole(out / TABLE) as path, path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(dict.fromkeys(column for row in rows for column in row)))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def sweep_table(rows: Sequence[Row], bias_names: Sequence[str]) -> Table:
+    """Mean and standard deviation over seeds of the best networks of every other setting."""
+    table = Table(title="best networks on the unbiased test set, mean and standard deviation over seeds")
+    finished = [row for row in rows if row["status"] == FINISHED]
+    if not finished:
+        return table
+    varied = [name for name in list(rows[0])[1 : list(rows[0]).index("status")] if name != "seed"]
+    for column in (*varied, "seeds", "task accuracy", "worst group\nof a bias"):
+        table.add_column(column, justify="right")
+    for name in bias_names:
+        table.add_column(f"{name}\nread by a head", justify="right")
+    for column in ("sparsity", "epochs", "seconds"):
+        table.add_column(column, justify="right")
+    groups: dict[tuple, list[Row]] = {}
+    for row in finished:
+        groups.setdefault(tuple(row[name] for name in varied), []).append(row)
+    accuracies = ["best_task_accuracy", "best_worst_group"]
+    accuracies += [f"best_bias_accuracy_{index + 1}" for index, _ in enumerate(bias_names)]
+    for setting, members in groups.items():
+        table.add_row(
+            *(short(value) for value in setting),
+            str(len(members)),
+            *(spread([row[column] for row in members]) for column in accuracies),
+            f"{mean(row['best_sparsity'] for row in members):.2f}",
+            f"{mean(row['epochs'] for row in members):.0f}",
+            f"{mean(row['seconds'] for row in members):.0f}",
+        )
+    return table
+

@@ -1,0 +1,217 @@
+"""Many extractions: every setting a run folder, biased networks shared, and nothing finished lost."""
+
+import csv
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+import ffw_fast.engines as engines
+from ffw_fast.cli import main
+from ffw_fast.engines import Job, LocalProcesses, run_job
+from ffw_fast.sweep import trial_name
+from tests.data.conftest import write_mnist
+
+RESULTS = ("scores.safetensors", "best_scores.safetensors", "model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory) -> Path:
+    """Full MNIST's files with few digits in them, which load faster than real ones."""
+    folder = tmp_path_factory.mktemp("digits")
+    write_mnist(folder, train=60, test=60)
+    return folder
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def in_this_process(monkeypatch) -> list[Job]:
+    """Jobs run here, one after the other; those that ran."""
+    ran: list[Job] = []
+
+    def run(_self, jobs):
+        for job in jobs:
+            ran.append(job)
+            code = run_job(job)
+            yield job, engines.describe_failure(code, job.folder)
+
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setattr(LocalProcesses, "run", run)
+    return ran
+
+
+def settings(digits: Path) -> list[str]:
+    data = ["--data-dir", str(digits), "--no-second-division", "--train-size", "60"]
+    return [*data, "--vanilla-epochs", "1", "--max-epochs", "2"]
+
+
+def table(out: Path) -> list[dict[str, str]]:
+    with (out / "sweep.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def test_a_sweep_is_the_same_runs_one_by_one(digits, tmp_path, in_this_process, capsys):
+    out = tmp_path / "sweep"
+    command = ["sweep", "multi-color-mnist", "--out", str(out), *settings(digits), "--gamma", "1,3", "--seed", "0..1"]
+    assert main(command) == 0
+    rows = table(out)
+    names = ["gamma-1_seed-0", "gamma-1_seed-1", "gamma-3_seed-0", "gamma-3_seed-1"]
+    assert [row["trial"] for row in rows] == names
+    assert [(row["gamma"], row["seed"]) for row in rows] == [("1.0", "0"), ("1.0", "1"), ("3.0", "0"), ("3.0", "1")]
+    assert {row["status"] for row in rows} == {"finished"}
+    assert all(0 <= float(row["best_task_accuracy"]) <= 1 for row in rows)
+    assert all(0 <= float(row["best_bias_accuracy_2"]) <= 1 for row in rows)
+
+    vanilla = [job for job in in_this_process if "--vanilla-only" in job.arguments]
+    assert len(vanilla) == 2, "one biased network a seed"
+    assert all("vanilla training" not in (out / name / "log.txt").read_text() for name in names)
+
+    alone = tmp_path / "alone"
+    assert main(["run", "multi-color-mnist", "--out", str(alone), *settings(digits), "--gamma", "3", "--quiet"]) == 0
+    assert all((alone / name).read_bytes() == (out / names[2] / name).read_bytes() for name in RESULTS)
+    capsys.readouterr()
+
+    in_this_process.clear()
+    assert main([*command, "--quiet"]) == 0
+    assert in_this_process == [], "nothing finished is run again"
+    assert "gamma" in capsys.readouterr().out
+    assert table(out) == rows
+
+    (out / names[1] / "metrics.json").unlink()  # as if it had been killed before its end
+    assert main([*command, "--quiet"]) == 0
+    assert [job.folder.name for job in in_this_process if "--vanilla-only" not in job.arguments] == [names[1]]
+
+    assert main([*command, "--alpha", "2"]) == 2
+    assert "alpha was 1.0 and is now 2.0" in capsys.readouterr().err
+
+
+def test_a_setting_that_fails_leaves_the_others(digits, tmp_path, in_this_process, capsys):
+    out = tmp_path / "sweep"
+    command = ["sweep", "multi-color-mnist", "--out", str(out), *settings(digits), "--unbiased-size", "10,0"]
+    assert main(command) == 2
+    good, bad = table(out)
+    assert good["status"] == "finished"
+    assert "unbiased_size" in bad["status"]
+    assert "unbiased_size-0: its biased network: unbiased_size" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--gamma", "1,-1"], "gamma must be"),
+        (["--schedule", "adaptive", "--gate", "ffw,hard"], "hard"),
+        (["--processes", "0"], "processes must be at least 1"),
+        (["--retries", "-1"], "retries must be at least 0"),
+    ],
+)
+def test_bad_settings_end_the_sweep_before_any_work(tmp_path, in_this_process, capsys, arguments, message):
+    out = tmp_path / "sweep"
+    assert main(["sweep", "multi-color-mnist", "--out", str(out), *arguments]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert len(error.splitlines()) == 1
+    assert in_this_process == []
+
+
+def test_an_unknown_option_is_named(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["sweep", "multi-color-mnist", "--gama", "1,3"])
+    assert "--gama" in capsys.readouterr().err
+
+
+def test_names_of_folders_are_fit_for_a_shell():
+    assert trial_name({"anneal_rate": 1e-4, "gate": "ffw", "x": "a b/c"}) == "anneal_rate-0.0001_gate-ffw_x-a-b-c"
+    assert trial_name({}) == "run"
+
+
+# The engine of local processes, on a shell script in the place of Python --------------------------------------------
+
+
+@pytest.fixture
+def script(tmp_path, monkeypatch):
+    """A function that lets jobs run this shell script; its arguments are those of the job."""
+
+    def use(text: str) -> None:
+        path = tmp_path / "python"
+        path.write_text(f"#!/bin/sh\nshift 2\n{text}\n")
+        path.chmod(0o755)
+        monkeypatch.setattr(engines.sys, "executable", str(path))
+
+    return use
+
+
+def jobs_in(folder: Path, count: int) -> list[Job]:
+    return [Job((str(index),), folder / str(index)) for index in range(count)]
+
+
+def engine(processes: int = 2, retries: int = 2) -> LocalProcesses:
+    return LocalProcesses(processes, threads=3, retries=retries)
+
+
+def test_jobs_run_beside_each_other_with_their_threads_and_logs(tmp_path, script):
+    script('echo "job $1 has $OMP_NUM_THREADS threads"')
+    outcomes = list(engine().run(jobs_in(tmp_path, 5)))
+    assert sorted(job.folder.name for job, _ in outcomes) == list("01234")
+    assert all(failure == "" for _, failure in outcomes)
+    assert (tmp_path / "4" / "log.txt").read_text() == "job 4 has 3 threads\n"
+
+
+def test_what_was_killed_is_run_again_and_bad_input_is_not(tmp_path, script):
+    script(f'cd {tmp_path}/$1; echo x >> tries; [ $(wc -l < tries) -gt $1 ] || kill -9 $$')
+    outcomes = {job.folder.name: failure for job, failure in engine(retries=2).run(jobs_in(tmp_path, 4))}
+    assert outcomes == {"0": "", "1": "", "2": "", "3": "killed by signal 9"}
+    script('echo "ffw-fast: error: no such thing"; echo x >> "$0.tries"; exit 2')
+    ((_, failure),) = engine().run(jobs_in(tmp_path, 1))
+    assert failure == "no such thing"
+    assert (tmp_path / "python.tries").read_text() == "x\n"
+
+
+def test_leaving_ends_the_jobs_under_way(tmp_path, script):
+    script('[ $1 = 0 ] || exec sleep 1000 && echo $$ > /dev/null')
+    running = engine().run(jobs_in(tmp_path, 2))
+    next(running)
+    running.close()  # returns once they have ended, else the sleep would hold it
+
+
+@pytest.mark.slow
+def test_a_killed_process_loses_nothing(digits, tmp_path):
+    out = tmp_path / "sweep"
+    command = ["sweep", "multi-color-mnist", *settings(digits)[:-1], "12", "--gamma", "1,3", "--quiet"]
+    killed: list[int] = []
+
+    def kill_one() -> None:
+        deadline = time.monotonic() + 300
+        while not killed and time.monotonic() < deadline:
+            for status in Path("/proc").glob("[0-9]*/cmdline"):
+                with_checkpoint = (out / "gamma-3" / "checkpoint.safetensors").exists()
+                try:
+                    mine = str(out / "gamma-3") in status.read_text()
+                except OSError:
+                    continue
+                if mine and with_checkpoint:
+                    os.kill(int(status.parent.name), signal.SIGKILL)
+                    killed.append(int(status.parent.name))
+                    return
+            time.sleep(0.01)
+
+    killer = threading.Thread(target=kill_one)
+    killer.start()
+    assert main([*command, "--out", str(out)]) == 0
+    killer.join()
+    assert killed
+    calm = tmp_path / "calm"
+    assert main([*command, "--out", str(calm)]) == 0
+    for trial in ("gamma-1", "gamma-3"):
+        assert all((out / trial / name).read_bytes() == (calm / trial / name).read_bytes() for name in RESULTS)
