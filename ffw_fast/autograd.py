@@ -1,4 +1,4 @@
-"""Gradients of the raw operators: the straight-through gate, and mutual information by the logits."""
+"""Gradients of the raw operators: the straight-through gate, masked layers, and mutual information by the logits."""
 
 import torch
 from torch import Tensor
@@ -33,6 +33,61 @@ class GateWeight(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             scores_grad = ops.gate_weight_backward(grad, weight, scores, temperature, draw, ctx.kind)
         return weight_grad, scores_grad, None, None, None
+
+
+class GatedLinear(torch.autograd.Function):
+    """``relu(x (w * g(m))^T + bias)``, the ReLU if asked for, by one operator; ``w`` and ``bias`` are frozen."""
+
+    @staticmethod
+    def forward(
+        x: Tensor, weight: Tensor, scores: Tensor, temperature: Tensor, draw: Tensor, kind: int, bias: Tensor | None,
+        relu: bool,
+    ) -> Tensor:  # fmt: skip
+        return ops.masked_linear(x, weight, scores, temperature, draw, kind, bias, relu)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        *tensors, ctx.kind, _bias, relu = inputs
+        ctx.save_for_backward(*tensors, output if relu else None)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        x, *gate, output = ctx.saved_tensors
+        x_grad = scores_grad = None
+        if ctx.needs_input_grad[0]:
+            x_grad = ops.masked_linear_input_grad(grad, *gate, ctx.kind, output)
+        if ctx.needs_input_grad[2]:
+            scores_grad = ops.masked_linear_score_grad(grad, x, *gate, ctx.kind, output)
+        return x_grad, None, scores_grad, None, None, None, None, None
+
+
+class GatedConv2d(torch.autograd.Function):
+    """``relu(conv2d(x, w * g(m), bias))``, the ReLU if asked for, by one operator; ``w`` and ``bias`` are frozen."""
+
+    @staticmethod
+    def forward(
+        x: Tensor, weight: Tensor, scores: Tensor, temperature: Tensor, draw: Tensor, kind: int, bias: Tensor | None,
+        stride: tuple[int, int], padding: tuple[int, int], dilation: tuple[int, int], groups: int, relu: bool,
+    ) -> Tensor:  # fmt: skip
+        return ops.masked_conv2d(
+            x, weight, scores, temperature, draw, kind, bias, stride, padding, dilation, groups, relu
+        )
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        *tensors, ctx.kind, _bias, stride, padding, dilation, groups, relu = inputs
+        ctx.geometry = stride, padding, dilation, groups
+        ctx.save_for_backward(*tensors, output if relu else None)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        x, *gate, output = ctx.saved_tensors
+        x_grad = scores_grad = None
+        if ctx.needs_input_grad[0]:
+            x_grad = ops.masked_conv2d_input_grad(grad, x.shape, *gate, ctx.kind, *ctx.geometry, output)
+        if ctx.needs_input_grad[2]:
+            scores_grad = ops.masked_conv2d_score_grad(grad, x, *gate, ctx.kind, *ctx.geometry, output)
+        return x_grad, None, scores_grad, *[None] * 9
 
 
 class MutualInformation(torch.autograd.Function):

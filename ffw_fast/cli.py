@@ -352,9 +352,17 @@ def _info(options: argparse.Namespace) -> int:
             continue
         print(f"{name}:")
         for key, entry in value.items():
-            shown = ", ".join(map(str, entry)) if isinstance(entry, list) else entry
-            print(f"  {key}: {shown if shown not in (None, '') else '-'}")
+            for title, shown in _shown(key, entry):
+                print(f"  {title}: {shown if shown not in (None, '') else '-'}")
     return 0
+
+
+def _shown(key: str, entry: object) -> list[tuple[str, object]]:
+    """What is printed of one entry: operators line by line, by what serves them."""
+    if isinstance(entry, dict):
+        servers = dict.fromkeys(entry.values())
+        return [(f"{key} by {server}", ", ".join(k for k, v in entry.items() if v == server)) for server in servers]
+    return [(key, ", ".join(map(str, entry)) if isinstance(entry, list) else entry)]
 
 
 if __name__ == "__main__":

@@ -12,7 +12,8 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from ffw_fast import philox
-from ffw_fast.autograd import GateWeight
+from ffw_fast.autograd import GatedConv2d, GatedLinear, GateWeight
+from ffw_fast.fusion import fuses_conv2d, fuses_linear
 from ffw_fast.gates import gate_kind
 
 FLAT_ALIGNMENT = 16  # elements; each layer's gates start at such a multiple in the network's flat list of gates
@@ -60,12 +61,16 @@ class MaskedLayer(nn.Module):
 
     def gated_weight(self) -> Tensor:
         """``weight * gate(scores)``, of the weight's shape and dtype; its gradient reaches the scores."""
+        return GateWeight.apply(*self._gate())
+
+    def _gate(self) -> tuple[Tensor, Tensor, Tensor, Tensor, int]:
+        """What the operators are told of a layer's gate in one pass; draws it anew where it is random."""
         draw = self.draw
         if self.kind.is_random:
             if self.training:
                 draw_gates(self)
             draw = draw.clone()  # the backward pass needs this pass's draw, whatever is drawn before it
-        return GateWeight.apply(self.weight, self.scores, self.temperature, draw, int(self.kind))
+        return self.weight, self.scores, self.temperature, draw, int(self.kind)
 
     def reset_parameters(self) -> None:
         """Initialise weight and bias as the dense layer does; scores 0, temperature 1, no mask drawn yet."""
@@ -153,6 +158,13 @@ class MaskedConv2d(_MaskedConv, nn.Conv2d):
 
     dense_class = nn.Conv2d
 
+    def forward(self, x: Tensor) -> Tensor:
+        plain = self.padding_mode == "zeros" and not isinstance(self.padding, str)
+        if plain and fuses_conv2d(x, self.weight, self.bias, self.kind, self.stride, self.groups):
+            geometry = (self.stride, self.padding, self.dilation, self.groups)
+            return GatedConv2d.apply(x, *self._gate(), self.bias, *geometry, False)
+        return super().forward(x)
+
 
 class MaskedConv3d(_MaskedConv, nn.Conv3d):
     """``nn.Conv3d`` with a gate per weight: the same arguments and ``gate``. See ``MaskedLayer``."""
@@ -174,6 +186,8 @@ class MaskedLinear(MaskedLayer, nn.Linear):
         self.add_gate(gate)
 
     def forward(self, x: Tensor) -> Tensor:
+        if fuses_linear(x, self.weight, self.bias, self.kind):
+            return GatedLinear.apply(x, *self._gate(), self.bias, False)
         return nn.functional.linear(x, self.gated_weight(), self.bias)
 
 

@@ -15,21 +15,26 @@ Arguments that several operators share:
 """
 
 import math
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ffw_fast import philox
 from ffw_fast.gates import GateKind, gate, gate_movement, gate_slope
+from ffw_fast.memory import image_format
 from ffw_fast.plateau import Plateau
 
 _library = torch.library.Library("ffw_fast", "DEF")
 _HALF = (torch.bfloat16, torch.float16)
+DEFAULTS: dict[str, Callable[..., Any]] = {}  # name of an operator -> its plain-PyTorch kernel
 
 
-def _define(schema: str, default, fake) -> None:
+def _define(schema: str, default: Callable[..., Any], fake: Callable[..., Any]) -> None:
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     name = schema.split("(", 1)[0]
+    DEFAULTS[name] = default
     _library.impl(name, default, "CompositeExplicitAutograd")
     torch.library.register_fake(f"ffw_fast::{name}", fake, lib=_library)
 
@@ -168,6 +173,188 @@ _define(
     gated_adam_step_fake_,
 )
 gated_adam_step_ = torch.ops.ffw_fast.gated_adam_step_.default
+
+
+# masked_linear: y = x (w * g)^T + bias, with ReLU if asked for; x (..., K), w and m (N, K), y (..., N) ---------------
+# A kernel may fuse the gate into its operand load; the default gates the weight first. ``output`` of the gradients is
+# what the layer returned where it applied ReLU, else None.
+
+
+def masked_linear_default(
+    x: Tensor, weight: Tensor, scores: Tensor, temperature: Tensor, draw: Tensor, kind: int, bias: Tensor | None,
+    relu: bool,
+) -> Tensor:  # fmt: skip
+    y = nn.functional.linear(x, gate_weight(weight, scores, temperature, draw, kind), bias)
+    return y.relu_() if relu else y
+
+
+def masked_linear_fake(x, weight, scores, temperature, draw, kind, bias, relu) -> Tensor:
+    _check_pair(weight, scores, temperature, draw)
+    _check_inner(x, weight)
+    return x.new_empty(*x.shape[:-1], weight.shape[0])
+
+
+def _check_inner(x: Tensor, weight: Tensor) -> None:
+    torch._check_value(
+        weight.dim() == 2 and x.dim() > 0 and x.shape[-1] == weight.shape[1],
+        lambda: f"expected x (..., {weight.shape[-1]}) for a weight {tuple(weight.shape)}, got {tuple(x.shape)}",
+    )
+
+
+_define(
+    "masked_linear(Tensor x, Tensor weight, Tensor scores, Tensor temperature, Tensor draw, int kind, Tensor? bias,"
+    " bool relu) -> Tensor",
+    masked_linear_default,
+    masked_linear_fake,
+)
+masked_linear = torch.ops.ffw_fast.masked_linear.default
+
+
+def _before_relu(grad: Tensor, output: Tensor | None) -> Tensor:
+    """The gradient before the layer's ReLU: that behind it where the output is positive."""
+    return grad if output is None else torch.where(output > 0, grad, 0)
+
+
+def masked_linear_input_grad_default(
+    grad: Tensor, weight: Tensor, scores: Tensor, temperature: Tensor, draw: Tensor, kind: int, output: Tensor | None
+) -> Tensor:
+    return _before_relu(grad, output) @ gate_weight(weight, scores, temperature, draw, kind)
+
+
+def masked_linear_input_grad_fake(grad, weight, scores, temperature, draw, kind, output) -> Tensor:
+    _check_pair(weight, scores, temperature, draw)
+    return grad.new_empty(*grad.shape[:-1], weight.shape[1])
+
+
+_define(
+    "masked_linear_input_grad(Tensor grad, Tensor weight, Tensor scores, Tensor temperature, Tensor draw, int kind,"
+    " Tensor? output) -> Tensor",
+    masked_linear_input_grad_default,
+    masked_linear_input_grad_fake,
+)
+masked_linear_input_grad = torch.ops.ffw_fast.masked_linear_input_grad.default
+
+
+def masked_linear_score_grad_default(
+    grad: Tensor, x: Tensor, weight: Tensor, scores: Tensor, temperature: Tensor, draw: Tensor, kind: int,
+    output: Tensor | None,
+) -> Tensor:  # fmt: skip
+    rows = _before_relu(grad, output).reshape(-1, weight.shape[0])
+    weight_grad = rows.T @ x.reshape(-1, weight.shape[1])
+    return gate_weight_backward(weight_grad, weight, scores, temperature, draw, kind).contiguous()
+
+
+def masked_linear_score_grad_fake(grad, x, weight, scores, temperature, draw, kind, output) -> Tensor:
+    _check_pair(weight, scores, temperature, draw)
+    _check_inner(x, weight)
+    return scores.new_empty(scores.shape)
+
+
+_define(
+    "masked_linear_score_grad(Tensor grad, Tensor x, Tensor weight, Tensor scores, Tensor temperature, Tensor draw,"
+    " int kind, Tensor? output) -> Tensor",
+    masked_linear_score_grad_default,
+    masked_linear_score_grad_fake,
+)
+masked_linear_score_grad = torch.ops.ffw_fast.masked_linear_score_grad.default
+
+
+# masked_conv2d: y = conv2d(x, w * g, bias), with ReLU if asked for; x (B, C, H, W), w and m (N, C / groups, kh, kw) --
+# The result's channels are last in memory where x's are (the gradients': where grad's, or x's), else it is contiguous.
+
+
+def masked_conv2d_default(
+    x: Tensor, weight: Tensor, scores: Tensor, temperature: Tensor, draw: Tensor, kind: int, bias: Tensor | None,
+    stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], groups: int, relu: bool,
+) -> Tensor:  # fmt: skip
+    v = gate_weight(weight, scores, temperature, draw, kind)
+    y = nn.functional.conv2d(x, v, bias, stride, padding, dilation, groups)  # type: ignore[arg-type]
+    return (y.relu_() if relu else y).contiguous(memory_format=image_format(x))
+
+
+def masked_conv2d_fake(
+    x, weight, scores, temperature, draw, kind, bias, stride, padding, dilation, groups, relu
+) -> Tensor:
+    _check_pair(weight, scores, temperature, draw)
+    size = [
+        (extent + 2 * pad - gap * (taps - 1) - 1) // step + 1
+        for extent, pad, gap, taps, step in zip(x.shape[2:], padding, dilation, weight.shape[2:], stride, strict=True)
+    ]
+    return _image(x, [x.shape[0], weight.shape[0], *size], x)
+
+
+def _image(tensor: Tensor, shape: Sequence[int], like: Tensor) -> Tensor:
+    """An uninitialised batch of images of the tensor's dtype, whose channels are last where ``like``'s are."""
+    return torch.empty(shape, dtype=tensor.dtype, device=tensor.device, memory_format=image_format(like))
+
+
+_define(
+    "masked_conv2d(Tensor x, Tensor weight, Tensor scores, Tensor temperature, Tensor draw, int kind, Tensor? bias,"
+    " int[2] stride, int[2] padding, int[2] dilation, int groups, bool relu) -> Tensor",
+    masked_conv2d_default,
+    masked_conv2d_fake,
+)
+masked_conv2d = torch.ops.ffw_fast.masked_conv2d.default
+
+
+def masked_conv2d_input_grad_default(
+    grad: Tensor, input_shape: Sequence[int], weight: Tensor, scores: Tensor, temperature: Tensor, draw: Tensor,
+    kind: int, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], groups: int,
+    output: Tensor | None,
+) -> Tensor:  # fmt: skip
+    v = gate_weight(weight, scores, temperature, draw, kind)
+    x = grad.new_empty(()).expand(input_shape)  # only its shape is read
+    geometry = (stride, padding, dilation, groups)
+    x_grad, _, _ = _convolution_backward(_before_relu(grad, output), x, v, *geometry, (True, False, False))
+    return x_grad.contiguous(memory_format=image_format(grad))
+
+
+def _convolution_backward(grad, x, weight, stride, padding, dilation, groups, mask) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.ops.aten.convolution_backward(
+        grad, x, weight, None, stride, padding, dilation, False, [0, 0], groups, mask
+    )
+
+
+def masked_conv2d_input_grad_fake(
+    grad, input_shape, weight, scores, temperature, draw, kind, stride, padding, dilation, groups, output
+) -> Tensor:
+    _check_pair(weight, scores, temperature, draw)
+    return _image(grad, input_shape, grad)
+
+
+_define(
+    "masked_conv2d_input_grad(Tensor grad, SymInt[] input_shape, Tensor weight, Tensor scores, Tensor temperature,"
+    " Tensor draw, int kind, int[2] stride, int[2] padding, int[2] dilation, int groups, Tensor? output) -> Tensor",
+    masked_conv2d_input_grad_default,
+    masked_conv2d_input_grad_fake,
+)
+masked_conv2d_input_grad = torch.ops.ffw_fast.masked_conv2d_input_grad.default
+
+
+def masked_conv2d_score_grad_default(
+    grad: Tensor, x: Tensor, weight: Tensor, scores: Tensor, temperature: Tensor, draw: Tensor, kind: int,
+    stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], groups: int, output: Tensor | None,
+) -> Tensor:  # fmt: skip
+    geometry = (stride, padding, dilation, groups)
+    _, weight_grad, _ = _convolution_backward(_before_relu(grad, output), x, weight, *geometry, (False, True, False))
+    result = gate_weight_backward(weight_grad, weight, scores, temperature, draw, kind)
+    return result.contiguous(memory_format=image_format(x))
+
+
+def masked_conv2d_score_grad_fake(
+    grad, x, weight, scores, temperature, draw, kind, stride, padding, dilation, groups, output
+) -> Tensor:
+    _check_pair(weight, scores, temperature, draw)
+    return _image(scores, scores.shape, x)
+
+
+_define(
+    "masked_conv2d_score_grad(Tensor grad, Tensor x, Tensor weight, Tensor scores, Tensor temperature, Tensor draw,"
+    " int kind, int[2] stride, int[2] padding, int[2] dilation, int groups, Tensor? output) -> Tensor",
+    masked_conv2d_score_grad_default,
+    masked_conv2d_score_grad_fake,
+)
+masked_conv2d_score_grad = torch.ops.ffw_fast.masked_conv2d_score_grad.default
 
 
 # mutual_information: of the bias labels and the private heads' predictions over one batch, each head for itself ------

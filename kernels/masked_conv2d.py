@@ -39,6 +39,8 @@ from ffw_fast.kernels.matmul import (
 from ffw_fast.kernels.tiles import Tile, choose_splits, choose_tile
 from torch import Tensor
 
+from ffw_fast.memory import image_format
+
 # Sizes that no variant is compiled for. Channel counts are not among them: loads are 16 bytes wide only if
 # those are known to be multiples of 16.
 _FREE = (
@@ -525,12 +527,8 @@ def masked_conv2d_score_grad(
 
 def _format(tensor: Tensor) -> tuple[torch.memory_format, bool]:
     """The memory format to compute in, that of the tensor if it has one, and whether channels come last."""
-    last = tensor.is_contiguous(memory_format=torch.channels_last)
-    if (
-        tensor.is_contiguous()
-    ):  # with one channel it may be both, and only the strides tell what it was made as
-        last = last and tensor.shape[1] == 1 and tensor.stride(1) == 1 and tensor.stride(0) != 1
-    return (torch.channels_last if last else torch.contiguous_format), last
+    memory_format = image_format(tensor)
+    return memory_format, memory_format == torch.channels_last
 
 
 def _pair(value: int | tuple[int, int]) -> tuple[int, int]:

@@ -111,5 +111,5 @@ def test_compiled_kernels_can_be_forced(python_only, compiled):
 
 def test_unknown_backend(monkeypatch):
     monkeypatch.setenv("FFW_FAST_BACKEND", "fast")
-    with pytest.raises(ValueError, match="FFW_FAST_BACKEND must be one of auto, cpp, torch, got 'fast'"):
+    with pytest.raises(ValueError, match="FFW_FAST_BACKEND must be one of auto, cpp, cuda, triton, torch, got 'fast'"):
         requested_backend()
