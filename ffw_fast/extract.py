@@ -23,6 +23,7 @@ from ffw_fast.run_state import RunState
 from ffw_fast.schedule import Schedule, judging_shift, make_schedule, restore_schedule
 from ffw_fast.seeding import epoch_order
 from ffw_fast.settings import PRECISIONS, Settings
+from ffw_fast.step_graph import StepGraph
 
 GATE_EPOCHS = "gate epoch"  # the stream of orders in which gate epochs visit the samples
 EXAMPLES = 8  # samples on which simplifications of the network are checked
@@ -156,6 +157,8 @@ class Loop:
         self.best: Measurement | None = None
         self.history: list[dict[str, Any]] = []
         self.seconds = 0.0
+        self.totals = torch.zeros(3, dtype=torch.float64, device=train.y.device)  # of (J, CE, MI) over an epoch
+        self.step_graph = StepGraph(self._counted_step, settings.batch_size, train.y.device)
 
     def run(self, state: RunState, progress: Progress) -> None:
         """All epochs, from the start or from the checkpoint that the state holds."""
@@ -193,13 +196,17 @@ class Loop:
     def _train_gates(self) -> dict[str, float]:
         """One pass over the training set: a step of the scores and of the heads for each minibatch."""
         rows = epoch_order(len(self.train.y), self.settings.seed, GATE_EPOCHS, len(self.history))
-        totals = torch.zeros(3, dtype=torch.float64, device=self.train.y.device)
-        for x, y, b in self.train.batches(rows, self.settings.batch_size):
-            totals += self._step(x, y, b) * len(y)
-        loss, cross_entropy, information = (totals / len(rows)).tolist()  # the one read of an epoch
-        if not torch.isfinite(totals).all():
+        self.totals.zero_()
+        for batch in self.train.batches(rows, self.settings.batch_size):
+            self.step_graph(*batch)
+        loss, cross_entropy, information = (self.totals / len(rows)).tolist()  # the one read of an epoch
+        if not torch.isfinite(self.totals).all():
             raise FloatingPointError(f"the loss is {loss} in epoch {len(self.history) + 1}; the last scores are kept")
         return {"loss": loss, "cross_entropy": cross_entropy, "train_mi": information}
+
+    def _counted_step(self, x: Tensor, y: Tensor, b: Tensor) -> None:
+        """One minibatch; adds its losses to the totals. Nothing is read back."""
+        self.totals += self._step(x, y, b) * len(y)
 
     def _step(self, x: Tensor, y: Tensor, b: Tensor) -> Tensor:
         """One minibatch; (J, CE, MI) before the step."""

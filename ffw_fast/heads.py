@@ -112,7 +112,9 @@ class PrivateHeads:
             raise FloatingPointError(f"a private head's loss is no longer finite, by its epoch {self.epochs}")
 
     def _no_plateau(self) -> Tensor:
-        return torch.tensor([math.inf, 0, 0], dtype=torch.float64, device=self.weight.device)
+        plateau = torch.zeros(3, dtype=torch.float64, device=self.weight.device)
+        plateau[:1].fill_(math.inf)  # on the device: a copy from the host would end a CUDA graph's capture
+        return plateau
 
     def _fit(self, features: Tensor, labels: Tensor, rows: Tensor, plateau: Tensor, batch_size: int) -> Tensor:
         return ops.fit_linear_head_(

@@ -93,7 +93,8 @@ class GatedAdam(torch.optim.Optimizer):
         state["step"] += 1
         next_draw = flat.draw
         if flat.kind.is_random:
-            next_draw = flat.draw + torch.tensor([0, 1, 0], device=flat.draw.device)
+            next_draw = flat.draw.clone()
+            next_draw[1:2].add_(1)
         ops.gated_adam_step_(
             flat.gated.detach(),
             flat.scores,

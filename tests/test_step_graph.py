@@ -1,0 +1,143 @@
+"""The training step reads nothing back and copies nothing from the host, so that it can be a CUDA graph."""
+
+import contextlib
+import warnings
+
+import pytest
+import torch
+from torch.overrides import TorchFunctionMode
+
+from ffw_fast import GATES, extract, gated_network
+from ffw_fast.data.samples import Samples
+from ffw_fast.extract import Loop
+from ffw_fast.settings import Settings
+from ffw_fast.step_graph import WARM_UP_STEPS, StepGraph
+from tests import tiny
+
+READS = {"item", "tolist", "numpy", "cpu", "__bool__", "__int__", "__float__", "__index__", "is_nonzero", "nonzero",
+         "equal", "allclose", "unique", "masked_select"}  # fmt: skip
+MAKES = {"tensor", "as_tensor", "from_numpy", "asarray"}  # from numbers of the host, which are then copied
+
+
+class NoHost(TorchFunctionMode):
+    """Whatever moves data between host and device is an error."""
+
+    def __torch_function__(self, function, types, arguments=(), settings=None):
+        name = getattr(function, "__name__", "")
+        if name in READS | MAKES:
+            raise AssertionError(f"{name} inside a step")
+        return function(*arguments, **settings or {})
+
+
+def loop_on(device, **changes):
+    samples = Samples(*(part.to(device) for part in tiny.samples()))
+    settings = Settings(tiny.BOTTLENECK, tiny.CLASSES, **{"batch_size": 10, **changes})
+    return Loop(settings, tiny.network().to(device), samples, samples, 8, torch.device(device))
+
+
+@pytest.fixture
+def on_meta(monkeypatch):
+    """A loop on tensors without data, so that nothing can be read of them, whoever tries."""
+    monkeypatch.setattr(gated_network, "simplified", lambda model, *_rest: model)  # compares numbers, before the start
+    monkeypatch.setattr(torch, "autocast", lambda *_settings, **_more: contextlib.nullcontext())
+    return lambda **changes: loop_on("meta", **changes)
+
+
+@pytest.mark.parametrize(("gate", "schedule"), [*((gate, "published") for gate in GATES), ("ffw", "adaptive")])
+def test_a_step_reads_nothing_back(on_meta, gate, schedule):
+    loop = on_meta(gate=gate, schedule=schedule)
+    with NoHost():
+        for _ in range(2):
+            loop._counted_step(*loop.train)
+
+
+@pytest.mark.parametrize("read", [lambda t: t.item(), lambda t: bool(t > 0), lambda t: torch.tensor([1, 2])])
+def test_what_reads_back_is_seen(read):
+    with NoHost(), pytest.raises(AssertionError, match="inside a step"):
+        read(torch.ones(()))
+
+
+def test_a_step_changes_its_state_in_place():
+    loop = loop_on("cpu", gate="bernoulli")
+    loop._counted_step(*loop.train)
+    before = {name: (tensor.data_ptr(), tensor.clone()) for name, tensor in loop.state()[0].items()}
+    loop._counted_step(*loop.train)
+    after = loop.state()[0]
+    assert {name: tensor.data_ptr() for name, tensor in after.items()} == {name: at for name, (at, _) in before.items()}
+    changed = {name for name, (_, old) in before.items() if not torch.equal(old, after[name])}
+    assert {"scores", "draw", "optimizer.step", "optimizer.exp_avg", "heads.weight", "heads.weight_momentum"} <= changed
+
+
+class FakeGraphs:
+    """CUDA's part of it, on the CPU: a capture runs its step on copies of nothing, and a replay runs it again."""
+
+    def __init__(self, monkeypatch, fails=False):
+        self.events, self.fails, self.captured = [], fails, False
+        stream = type("Stream", (), {"wait_stream": lambda self, other: None})
+        for name, value in {
+            "device": lambda device: contextlib.nullcontext(),
+            "Stream": stream,
+            "current_stream": stream,
+            "stream": lambda stream: contextlib.nullcontext(),
+            "CUDAGraph": lambda: self,
+            "graph": self.capture,
+        }.items():
+            monkeypatch.setattr(torch.cuda, name, value)
+
+    @contextlib.contextmanager
+    def capture(self, graph):
+        self.events.append("capture")
+        self.captured = True
+        yield
+        self.captured = False
+        if self.fails:
+            raise RuntimeError("operation not permitted when stream is capturing\nmore")
+
+    def step(self, x, y):
+        assert torch.equal(y, -x)
+        if not self.captured:
+            self.events.append(x.tolist())
+
+    def replay(self):
+        x, y = self.step_graph._batch
+        assert torch.equal(y, -x)
+        self.events.append(["replay", *x.tolist()])
+
+
+def run_graph(monkeypatch, fails=False):
+    fake = FakeGraphs(monkeypatch, fails)
+    graph = StepGraph(fake.step, 2, torch.device("cpu"))
+    graph._is_capturable = True  # as on a GPU
+    fake.step_graph = graph
+    for number in range(WARM_UP_STEPS + 2):
+        for x in (torch.tensor([number, number]), torch.tensor([number])):
+            graph(x, -x)
+    return fake.events
+
+
+def test_warm_up_capture_replay_and_short_minibatches(monkeypatch):
+    events = run_graph(monkeypatch)
+    eager = [[n, n] if full else [n] for n in range(WARM_UP_STEPS) for full in (True, False)]
+    assert events == [*eager, "capture", ["replay", 3, 3], [3], ["replay", 4, 4], [4]]
+
+
+def test_a_failed_capture_warns_once_and_loses_no_step(monkeypatch):
+    with pytest.warns(RuntimeWarning, match="not run from a CUDA graph: operation not permitted when stream is captu"):
+        events = run_graph(monkeypatch, fails=True)
+    events.remove("capture")
+    assert events == [[n, n] if full else [n] for n in range(WARM_UP_STEPS + 2) for full in (True, False)]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("schedule", ["published", "adaptive"])
+def test_replayed_steps_are_those_of_an_eager_run(monkeypatch, schedule):
+    sets = [tuple(part.cuda() for part in tiny.samples(65, seed=seed)) for seed in (0, 1)]
+    arguments = tiny.arguments(schedule=schedule, max_epochs=3, device="cuda")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        replayed = extract(tiny.network(), *sets, **arguments)
+    monkeypatch.setattr("ffw_fast.step_graph.WARM_UP_STEPS", 10**9)
+    eager = extract(tiny.network(), *sets, **arguments)
+    for name, scores in eager.scores.items():
+        torch.testing.assert_close(replayed.scores[name], scores, rtol=1e-4, atol=1e-6)
