@@ -11,6 +11,7 @@ from ffw_fast.backend import backend_info
 from ffw_fast.backend import load as _load_backend
 from ffw_fast.compact import compact, load_compacted
 from ffw_fast.evaluation import Evaluation, evaluate
+from ffw_fast.export import export
 from ffw_fast.extract import extract
 from ffw_fast.extraction import Extraction, apply_masks, load_masks
 from ffw_fast.gates import GATES
@@ -45,6 +46,7 @@ __all__ = [
     "compact",
     "draw_gates",
     "evaluate",
+    "export",
     "extract",
     "load_compacted",
     "load_masks",

@@ -15,16 +15,19 @@ from ffw_fast.backend import backend_info
 from ffw_fast.benchmarks import BENCHES
 from ffw_fast.compare import compare, comparison_table, default_settings
 from ffw_fast.engines import Engine, LocalProcesses, RayCluster
+from ffw_fast.export import FORMATS, export
+from ffw_fast.files import write_json, write_tensors
 from ffw_fast.gates import GATES
 from ffw_fast.grid import accept_grids, combinations
 from ffw_fast.interrupts import Terminated, ending_signals_raise, exit_code
 from ffw_fast.modules import GRANULARITIES
 from ffw_fast.progress import describe_time, make_progress
-from ffw_fast.run import Request, check_folder, prepare_vanilla, run_workload
+from ffw_fast.run import Request, check_folder, load_run, prepare_vanilla, run_workload
 from ffw_fast.run_lock import locked
 from ffw_fast.run_state import CHECKPOINT
 from ffw_fast.schedule import SCHEDULES
 from ffw_fast.settings import PRECISIONS
+from ffw_fast.sizes import SIZES, compare_sizes, sizes_table
 from ffw_fast.summary import metrics_table, print_table
 from ffw_fast.sweep import FINISHED, TABLE, Trial, sweep, sweep_table, trial_name
 from ffw_fast.version import __version__
@@ -32,6 +35,7 @@ from ffw_fast.workloads import WORKLOADS, Workload
 
 DEFAULT = "(default: %(default)s)"
 ERRORS = (ValueError, TypeError, OSError, ImportError, FloatingPointError)
+COMPACT = "compact.safetensors"
 EXTRACTION_OPTIONS = (
     "gamma", "alpha", "gate", "granularity", "schedule", "anneal_rate", "max_epochs", "batch_size", "precision"
 )  # fmt: skip
@@ -102,6 +106,8 @@ def build_parser() -> argparse.ArgumentParser:
     _add_run(commands)
     _add_compare(commands)
     _add_sweep(commands)
+    _add_compact(commands)
+    _add_export(commands)
     _add_bench(commands)
     _add_info(commands)
     return parser
@@ -313,6 +319,61 @@ def _compare(options: argparse.Namespace) -> int:
         rows = compare(request, options.seeds, default_settings(options.gammas), progress)
     print_table(comparison_table(rows, request.workload.bias_names))
     return 0
+
+
+def _add_compact(commands: Commands) -> None:
+    compact = commands.add_parser(
+        "compact",
+        help="cut the channels out of a run's network that its zeros made useless",
+        description="Writes the smaller network's weights, which ffw_fast.load_compacted reads, and sizes.json: "
+        "parameters, MACs, latency and bytes before and after. Needs the extra compact.",
+    )
+    _add_folder(compact)
+    compact.add_argument("--out", dest="file", metavar="FILE", help=f"where to (default: DIR/{COMPACT})")
+    compact.set_defaults(command=_compact)
+
+
+def _compact(options: argparse.Namespace) -> int:
+    folder = Path(options.folder)
+    found = load_run(folder)
+    pruned, small = found.model(options.best), found.model(options.best, compact=True)
+    file = Path(options.file or folder / COMPACT)
+    write_tensors(file, {name: value.clone() for name, value in small.state_dict().items()})
+    sizes = compare_sizes({"with zeros": pruned, "compact": small}, found.example(found.settings.batch_size))
+    write_json(folder / SIZES, sizes)
+    print_table(sizes_table(sizes))
+    print(f"compact network: {file}")
+    return 0
+
+
+def _add_export(commands: Commands) -> None:
+    export_parser = commands.add_parser(
+        "export",
+        help="write a run's network as a program that runs without this package",
+        description="Writes the pruned network for batches of any size, and compares what the file computes.",
+    )
+    _add_folder(export_parser)
+    choose = export_parser.add_argument
+    choose("--format", choices=FORMATS, required=True, help="onnx (needs the extra onnx) or pt2, of torch.export")
+    choose("--compact", action="store_true", help="the compact network; needs the extra compact")
+    choose("--out", dest="file", metavar="FILE", help="where to (default: DIR/model.onnx or DIR/model.pt2)")
+    export_parser.set_defaults(command=_export)
+
+
+def _export(options: argparse.Namespace) -> int:
+    found = load_run(options.folder)
+    file = Path(options.file or Path(options.folder) / f"model.{options.format}")
+    difference = export(found.model(options.best, compact=options.compact), found.example(), file, options.format)
+    print(f"{file}: outputs differ by at most {difference:.2g}")
+    return 0
+
+
+def _add_folder(parser: argparse.ArgumentParser) -> None:
+    """The arguments of commands that read a run's network."""
+    parser.add_argument("folder", metavar="DIR", help="the run folder")
+    parser.add_argument(
+        "--best", action="store_true", help="the network with the best scores (default: that with the final ones)"
+    )
 
 
 def _add_bench(commands: Commands) -> None:

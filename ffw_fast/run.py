@@ -42,7 +42,7 @@ from ffw_fast.seeding import seeded_generator
 from ffw_fast.settings import Settings
 from ffw_fast.vanilla import Recipe, train_vanilla
 from ffw_fast.version import __version__
-from ffw_fast.workloads import Workload
+from ffw_fast.workloads import Workload, get_workload
 
 VANILLA = "vanilla.safetensors"
 VANILLA_RECORD = "vanilla.json"
@@ -372,6 +372,26 @@ def _keep_vanilla(out: Path, record: dict[str, Any], model: nn.Module) -> None:
 
 def _digest(weights: dict[str, Tensor]) -> str:
     return digest(*(weights[name] for name in sorted(weights)))
+
+
+def load_run(folder: str | os.PathLike[str]) -> Extraction:
+    """The extraction of a run folder, with the biased network that stands beside it, on the CPU.
+
+    Raises:
+        FileNotFoundError: the folder holds no finished run.
+        ValueError: a file is damaged, or the workload is unknown or has another network now.
+    """
+    folder = Path(folder)
+    if missing := [name for name in (CONFIG, VANILLA, SCORES) if not (folder / name).is_file()]:
+        raise FileNotFoundError(f"{folder} holds no finished run of ffw-fast: it has no {', '.join(missing)}")
+    workload = get_workload(str(read_json(folder / CONFIG).get("workload")))
+    network = workload.build_model(seed=0)  # its weights are read below
+    weights, _ = read_tensors(folder / VANILLA)
+    try:
+        network.load_state_dict(weights)
+    except RuntimeError as error:
+        raise ValueError(f"{folder / VANILLA} does not fit {type(network).__name__}: {error}") from error
+    return Extraction.load(folder, network.eval())
 
 
 def _test_metrics(found: Extraction, splits: Splits, seed: int) -> dict[str, Any]:

