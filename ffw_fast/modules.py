@@ -35,8 +35,9 @@ class MaskedLayer(nn.Module):
         gate: name of the gate kind, one of ``ffw_fast.GATES``.
         temperature: float32 scalar buffer; set it with ``ffw_fast.set_temperature``.
         draw: int64 buffer that keys the uniform numbers of random gates (``ffw_fast.philox``). In training mode every
-            forward pass draws a new mask, in eval mode the last one stays until ``ffw_fast.draw_gates``. Under
-            ``torch.func`` transforms, which forbid that a forward pass changes a buffer, use eval mode.
+            forward pass draws a new mask, in eval mode the last one stays until ``ffw_fast.draw_gates``. Use eval
+            mode under ``torch.func`` transforms, which forbid that a forward pass changes a buffer, and under
+            activation checkpointing, whose second forward pass would draw another mask than the first.
     """
 
     weight: Any  # nn.Parameter; PyTorch declares it otherwise in each dense class

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.func import functional_call, grad, vmap
 from torch.nn.utils import parametrizations, parametrize, prune
+from torch.utils.checkpoint import checkpoint
 
 from ffw_fast import philox
 from ffw_fast.gates import GATES, GateKind
@@ -661,3 +662,17 @@ def test_gates_that_are_not_random_are_not_drawn():
     before = layer.gated_weight()
     draw_gates(layer)
     assert torch.equal(layer.gated_weight(), before)
+
+
+@pytest.mark.parametrize("gate", RANDOM)
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_activation_checkpointing_in_eval_mode_runs_one_mask_twice(gate, use_reentrant):
+    layer = with_random_scores(MaskedLinear(6, 5, gate=gate).double()).eval()
+    draw_gates(layer)
+    x = torch.randn(4, 6, dtype=torch.float64, requires_grad=True)
+    gradients = []
+    for forward in (layer, lambda x: checkpoint(layer, x, use_reentrant=use_reentrant)):
+        layer.scores.grad = x.grad = None
+        forward(x).square().sum().backward()
+        gradients.append((layer.scores.grad, x.grad))
+    assert all(torch.equal(plain, checkpointed) for plain, checkpointed in zip(*gradients, strict=True))
