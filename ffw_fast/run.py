@@ -344,6 +344,7 @@ def trained_vanilla(request: Request, splits: Splits, progress: Progress) -> nn.
         seed=request.seed,
         device=request.device,
         precision="bf16" if settings.precision == "bf16" else "fp32",
+        val=splits.val,
         on_epoch=lambda epoch, loss: progress.tick(epoch, f"loss {loss:.4f}"),
     )
     if not request.resume:  # else the checkpoint is checked against these weights

@@ -1,17 +1,24 @@
 """Training of the vanilla network: ordinary cross-entropy on the biased set, before any debiasing."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from ffw_fast.convolutions import cheapest_convolutions
+from ffw_fast.data.augmentation import crop_at_random, flip_at_random
+from ffw_fast.data.pixels import Pixels
 from ffw_fast.data.samples import Samples
-from ffw_fast.seeding import epoch_order
+from ffw_fast.gated_network import EVALUATION_BATCH
+from ffw_fast.seeding import epoch_order, seeded_generator
+
+PATIENCE = 10  # epochs without a new lowest validation loss, of the "plateau" schedule
+COOLDOWN = 5  # epochs after a cut in which none is counted
 
 
 @dataclass(frozen=True)
@@ -24,12 +31,18 @@ class Recipe:
     epochs: int
     momentum: float = 0.9  # of SGD
     weight_decay: float = 1e-4  # added to the gradient, for Adam too
-    milestones: tuple[float, ...] = ()  # when the learning rate is cut, as fractions of all epochs
-    lr_cut: float = 0.1  # the factor it is cut by
+    schedule: Literal["steps", "cosine", "plateau"] = "steps"  # how the learning rate falls; see ``learning_rate``
+    milestones: tuple[float, ...] = ()  # of "steps": when it is cut, as fractions of all epochs
+    lr_cut: float = 0.1  # of "steps" and "plateau": the factor it is cut by
+    lr_end: float = 0.0  # of "plateau": training ends where the learning rate has fallen below
+    flips: bool = False  # mirror images at random
+    crop_padding: int = 0  # pad images by so many black pixels and cut them to their size again at a random place
 
     def __post_init__(self) -> None:
         if self.optimizer not in ("sgd", "adam"):
             raise ValueError(f"unknown optimizer {self.optimizer!r}; known: 'sgd', 'adam'")
+        if self.schedule not in ("steps", "cosine", "plateau"):
+            raise ValueError(f"unknown schedule {self.schedule!r}; known: 'steps', 'cosine', 'plateau'")
         if not 0 < self.lr < math.inf:
             raise ValueError(f"lr must be positive and finite, got {self.lr!r}")
         if self.batch_size < 1 or self.epochs < 0:
@@ -40,8 +53,18 @@ class Recipe:
         if not all(0 <= milestone <= 1 for milestone in self.milestones):
             raise ValueError(f"milestones must be fractions of all epochs (0 to 1), got {self.milestones}")
 
+    @property
+    def augments(self) -> bool:
+        return self.flips or self.crop_padding > 0
+
     def learning_rate(self, epoch: int) -> float:
-        """The learning rate of an epoch, counted from 0."""
+        """The learning rate of an epoch, counted from 0, before it is cut on plateaus.
+
+        "steps" cuts it at the milestones, "cosine" lets it fall to 0 along half a cosine, and "plateau" leaves it to
+        the validation loss: cut after more than 10 epochs without a new lowest one, then 5 epochs of rest.
+        """
+        if self.schedule == "cosine":
+            return self.lr * 0.5 * (1 + math.cos(math.pi * epoch / self.epochs))
         cuts = sum(epoch >= milestone * self.epochs for milestone in self.milestones)
         return self.lr * self.lr_cut**cuts
 
@@ -63,6 +86,7 @@ def train_vanilla(
     seed: int,
     device: torch.device | str | None = None,
     precision: Literal["fp32", "bf16"] = "fp32",
+    val: Samples | None = None,
     on_epoch: Callable[[int, float], None] | None = None,
 ) -> nn.Module:
     """Trains ``model`` in place and returns it in eval mode.
@@ -75,10 +99,12 @@ def train_vanilla(
         device: where to train, and where the model is afterwards; None for where it is.
         precision: "bf16" runs the network under autocast, with weights and their updates in float32. On a
             processor without bf16 instructions that is many times slower than "fp32".
+        val: where the loss is measured after every epoch of a "plateau" schedule.
         on_epoch: called after every epoch with the number of epochs done and the mean training loss.
 
     Raises:
         FloatingPointError: the loss is no longer finite.
+        ValueError, TypeError: a recipe that the samples do not fit, or that needs ``val``.
     """
     if precision not in ("fp32", "bf16"):
         raise ValueError(f"unknown precision {precision!r}; known: 'fp32', 'bf16'")
@@ -91,12 +117,15 @@ def train_vanilla(
     samples = samples.to(device)
     model.to(device).train()
     optimizer, example = recipe.build_optimizer(model), samples.x[:2]
+    plateau = _Plateau(recipe, model, val, optimizer, precision) if recipe.schedule == "plateau" else None
     for epoch in range(recipe.epochs):
-        for group in optimizer.param_groups:
-            group["lr"] = recipe.learning_rate(epoch)
+        if plateau is None:
+            for group in optimizer.param_groups:
+                group["lr"] = recipe.learning_rate(epoch)
         order = epoch_order(len(samples.y), seed, "vanilla batches", epoch)
+        augmentation = seeded_generator(seed, f"vanilla augmentation {epoch}")
         with cheapest_convolutions(model, example):
-            loss = _train_epoch(model, samples.batches(order, recipe.batch_size), optimizer, precision)
+            loss = _train_epoch(model, _batches(samples, order, recipe, augmentation), optimizer, precision)
         if not math.isfinite(loss):
             raise FloatingPointError(
                 f"the vanilla network's training loss is {loss} in epoch {epoch + 1} of {recipe.epochs} "
@@ -105,7 +134,60 @@ def train_vanilla(
             )
         if on_epoch is not None:
             on_epoch(epoch + 1, loss)
+        if plateau is not None and plateau.has_ended():
+            break
     return model.eval()
+
+
+class _Plateau:
+    """Cuts the learning rate where the validation loss has stopped falling."""
+
+    def __init__(
+        self, recipe: Recipe, model: nn.Module, val: Samples | None, optimizer: torch.optim.Optimizer, precision: str
+    ) -> None:
+        if val is None:
+            raise ValueError("a plateau schedule needs a validation set")
+        self.model, self.lr_end, self.precision = model, recipe.lr_end, precision
+        self.val = val.to(next(model.parameters()).device)
+        self.scheduler = ReduceLROnPlateau(
+            optimizer, factor=recipe.lr_cut, patience=PATIENCE, threshold=0, cooldown=COOLDOWN
+        )
+
+    def has_ended(self) -> bool:
+        """Judge the epoch that has just ended; whether the learning rate has fallen far enough."""
+        self.scheduler.step(self._loss())
+        return float(self.scheduler.get_last_lr()[0]) < self.lr_end
+
+    @torch.no_grad()
+    def _loss(self) -> float:
+        self.model.eval()
+        with _autocast(self.val.y.device, self.precision):
+            logits = torch.cat([self.model(x).float() for x in self.val.x.split(EVALUATION_BATCH)])
+        self.model.train()
+        return F.cross_entropy(logits, self.val.y).item()
+
+
+def _batches(
+    samples: Samples, order: Tensor, recipe: Recipe, generator: torch.Generator
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Minibatches (x, y, b), with flips and crops where the recipe has them: before normalisation, on bytes."""
+    if not recipe.augments:
+        yield from samples.batches(order, recipe.batch_size)
+        return
+    if not isinstance(samples.x, Pixels):
+        raise TypeError(f"flips and crops are of images kept as bytes (Pixels), got {type(samples.x).__name__}")
+    for rows in order.split(recipe.batch_size):
+        images = samples.x.raw(rows)
+        if recipe.crop_padding:
+            images = crop_at_random(images, recipe.crop_padding, generator)
+        if recipe.flips:
+            images = flip_at_random(images, generator)
+        here = rows.to(samples.y.device)
+        yield samples.x.normalised(images), samples.y[here], samples.b[here]
+
+
+def _autocast(device: torch.device, precision: str) -> torch.autocast:
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
 
 def _train_epoch(
@@ -117,7 +199,7 @@ def _train_epoch(
     """One pass over minibatches (x, y, b); returns the mean loss."""
     total, count = torch.zeros(()), 0
     for x, y, _b in batches:
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=precision == "bf16"):
+        with _autocast(x.device, precision):
             logits = model(x)
         loss = F.cross_entropy(logits.float(), y)
         optimizer.zero_grad()

@@ -3,13 +3,14 @@
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
-from ffw_fast.data import Splits, biased_mnist, multi_color_mnist
-from ffw_fast.models import MLP, SimpleConvNet
+from ffw_fast.data import Splits, biased_mnist, celeba, corrupted_cifar10, multi_color_mnist
+from ffw_fast.models import MLP, ResNet18, SimpleConvNet
 from ffw_fast.vanilla import Recipe
 
 
@@ -18,7 +19,7 @@ class Option:
     """An option of a workload's data, from which the command line makes an argument."""
 
     name: str  # as in Python, with underscores
-    type: type[int] | type[float] | type[bool]
+    type: type[int] | type[float] | type[bool] | type[str]
     help: str
 
     @property
@@ -38,7 +39,7 @@ class Workload:
     network: Callable[[], nn.Module]
     data: Callable[..., Splits]  # called with data_dir, seed and the options
     full_recipe: Recipe  # as published, for the full data set
-    shipped_recipe: Recipe  # for the data that comes with the package
+    shipped_recipe: Recipe | None  # for the data that comes with the package; None where none does
     paper_seconds: int  # time of FFW on an A100, Table 8 of the paper
     paper_unbiased_size: int  # samples of the unbiased training set, Table 8 of the paper
     options: tuple[Option, ...] = ()
@@ -64,7 +65,7 @@ class Workload:
 
     def recipe(self, full: bool) -> Recipe:
         """How to train the vanilla network: as published on the ``full`` data set, or on the shipped one."""
-        return self.full_recipe if full else self.shipped_recipe
+        return self.full_recipe if full or self.shipped_recipe is None else self.shipped_recipe
 
 
 _TRAIN_SIZE = Option("train_size", int, "samples that the vanilla network learns from")
@@ -118,7 +119,47 @@ _BIASED_MNIST = Workload(
     ),
 )
 
-WORKLOADS: dict[str, Workload] = {workload.name: workload for workload in (_MULTI_COLOR_MNIST, _BIASED_MNIST)}
+_CELEBA = Workload(
+    name="celeba",
+    title="CelebA: blond hair, biased by gender",
+    bias_names=("gender",),
+    bottleneck="flatten",
+    network=partial(ResNet18, num_classes=2),
+    data=celeba,
+    full_recipe=Recipe("sgd", lr=0.1, batch_size=100, epochs=80, schedule="plateau", lr_end=1e-3, flips=True),
+    shipped_recipe=None,
+    paper_seconds=75 * 60,
+    paper_unbiased_size=437,
+    options=(
+        Option("image_size", int, "height and width in pixels, from 32 to 224 (default: 224)"),
+        _TRAIN_SIZE,
+        Option("cache_dir", str, "folder for decoded images that do not fit into memory (default: beside them)"),
+    ),
+    num_classes=2,
+    num_bias_classes=2,
+)
+
+_CORRUPTED_CIFAR10 = Workload(
+    name="corrupted-cifar10",
+    title="Corrupted CIFAR-10",
+    bias_names=("corruption",),
+    bottleneck="flatten",
+    network=partial(ResNet18, num_classes=10),
+    data=corrupted_cifar10,
+    full_recipe=Recipe("adam", lr=1e-3, batch_size=256, epochs=200, schedule="cosine", flips=True, crop_padding=4),
+    shipped_recipe=None,
+    paper_seconds=52 * 60,
+    paper_unbiased_size=6000,
+    options=(
+        Option("percent", float, "of conflicting images in the vanilla set: 0.5, 1, 2 or 5 (default: 1)"),
+        _TRAIN_SIZE,
+        _UNBIASED_SIZE,
+    ),
+)
+
+WORKLOADS: dict[str, Workload] = {
+    workload.name: workload for workload in (_MULTI_COLOR_MNIST, _BIASED_MNIST, _CELEBA, _CORRUPTED_CIFAR10)
+}
 
 
 def get_workload(name: str) -> Workload:

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from ffw_fast.data import Samples, multi_color_mnist
+from ffw_fast.data.pixels import Pixels
 from ffw_fast.models import MLP, SimpleConvNet
 from ffw_fast.vanilla import Recipe, train_vanilla
 from ffw_fast.workloads import get_workload
@@ -153,6 +154,7 @@ def test_bad_arguments():
         ({"batch_size": 0}, "batch_size must be at least 1"),
         ({"epochs": -1}, "epochs at least 0"),
         ({"milestones": (40, 60)}, "fractions of all epochs"),
+        ({"schedule": "linear"}, "unknown schedule 'linear'"),
     ],
 )
 def test_bad_recipes(change, message):
@@ -167,3 +169,63 @@ def test_learning_rate_is_cut_at_the_milestones():
     short = get_workload("biased-mnist").recipe(full=False)
     rates = [short.learning_rate(epoch) for epoch in range(short.epochs)]
     assert rates == pytest.approx([0.1] * 15 + [0.01] * 8 + [0.001] * 7)
+
+
+def test_the_cosine_falls_to_nothing():
+    recipe = get_workload("corrupted-cifar10").recipe(full=True)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(recipe.build_optimizer(MLP()), recipe.epochs)
+    for epoch in range(recipe.epochs):
+        assert recipe.learning_rate(epoch) == pytest.approx(scheduler.get_last_lr()[0], rel=1e-6, abs=1e-12)
+        scheduler.optimizer.step()
+        scheduler.step()
+
+
+def test_plateaus_of_the_validation_loss_cut_the_learning_rate_and_end_the_training(monkeypatch):
+    """A loss that never falls: patience 10 and cooldown 5, so cuts after epochs 12, 28 and 44, the last below 1e-3."""
+    monkeypatch.setattr("ffw_fast.vanilla._Plateau._loss", lambda self: 1.0)
+    recipe, rates = Recipe("sgd", lr=0.1, batch_size=10, epochs=80, schedule="plateau", lr_end=1e-3), []
+    build = Recipe.build_optimizer
+    optimizers = []
+    monkeypatch.setattr(Recipe, "build_optimizer", lambda *given: optimizers.append(build(*given)) or optimizers[0])
+    train_vanilla(
+        MLP(),
+        few_samples(),
+        recipe,
+        seed=0,
+        val=few_samples(),
+        on_epoch=lambda *_: rates.append(optimizers[0].param_groups[0]["lr"]),
+    )
+    assert rates == pytest.approx([0.1] * 12 + [0.01] * 16 + [0.001] * 16)
+
+
+def test_the_plateau_is_of_the_loss_in_eval_mode():
+    samples, losses = few_samples(), []
+    model = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(3 * 28 * 28), nn.Linear(3 * 28 * 28, 10))
+    recipe = Recipe("sgd", lr=0.01, batch_size=10, epochs=3, schedule="plateau")
+    model[0].register_forward_hook(lambda module, *_: losses.append(module.training))
+    train_vanilla(model, samples, recipe, seed=0, val=samples)
+    assert losses == [True, False] * 3
+    with pytest.raises(ValueError, match="needs a validation set"):
+        train_vanilla(model, samples, recipe, seed=0)
+
+
+def test_flips_and_crops_are_of_the_bytes_and_seeded():
+    images = torch.randint(1, 256, (8, 3, 28, 28), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    samples = Samples(Pixels(images, (0.5,) * 3, (0.25,) * 3), few_samples(8).y, few_samples(8).b)
+    recipe = Recipe("sgd", lr=0.01, batch_size=8, epochs=2, flips=True, crop_padding=2)
+
+    def seen(seed: int) -> list[torch.Tensor]:
+        inputs: list[torch.Tensor] = []
+        model = MLP()
+        model.flatten.register_forward_hook(lambda _module, given, _output: inputs.append(given[0]))
+        train_vanilla(model, samples, recipe, seed=seed)
+        return inputs
+
+    state = torch.get_rng_state()
+    first, again = seen(1), seen(1)
+    torch.set_rng_state(state)
+    assert all(torch.equal(one, other) for one, other in zip(first, again, strict=True))
+    assert not torch.equal(first[0].sort(0).values, first[1].sort(0).values), "other draws in every epoch"
+    assert (first[0] == -2).any(), "black borders: (0 - 0.5) / 0.25"
+    with pytest.raises(TypeError, match="flips and crops are of images kept as bytes"):
+        train_vanilla(MLP(), few_samples(), recipe, seed=0)

@@ -1,0 +1,80 @@
+"""Image files decoded in parallel to bytes: in memory where they fit, else once into a file that is mapped."""
+
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ffw_fast.data.image_cache import mapped_images
+from ffw_fast.data.memory import memory_budget
+
+CHUNK = 64  # images that a thread decodes at a time
+
+
+def load_images(paths: Sequence[Path], side: int, cache_dir: Path) -> tuple[Tensor, bool]:
+    """RGB images as uint8 (n, 3, side, side), and whether they are mapped from a file in ``cache_dir``.
+
+    Images of another size are resized, with bilinear interpolation as torchvision's ``Resize`` does it.
+
+    Raises:
+        ImportError: Pillow is not installed.
+        FileNotFoundError, ValueError: an image is missing, truncated or no image; its path.
+        OSError: there is no room in memory, and the cache cannot be written.
+    """
+    _pillow()
+    _check_presence(paths)
+    shape = (len(paths), 3, side, side)
+    if torch.Size(shape).numel() <= memory_budget():
+        images = torch.empty(shape, dtype=torch.uint8)
+        decode_into(images, paths)
+        return images, False
+    return mapped_images(paths, shape, cache_dir, decode_into), True
+
+
+def decode_into(images: Tensor, paths: Sequence[Path]) -> None:
+    """Decode image files into uint8 (n, 3, side, side), resized where they are larger or smaller, on all cores."""
+
+    def decode_chunk(start: int) -> None:
+        for index in range(start, min(start + CHUNK, len(paths))):
+            images[index] = _decode(paths[index], images.shape[-1])
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow lets go of the interpreter while it decodes
+        for _ in pool.map(decode_chunk, range(0, len(paths), CHUNK)):
+            pass
+
+
+def _decode(path: Path, side: int) -> Tensor:
+    image_module = _pillow()
+    try:
+        with image_module.open(path) as file:
+            image = file.convert("RGB")
+    except (OSError, SyntaxError, ValueError) as error:  # Pillow's, for whatever a file may hold
+        raise ValueError(f"{path} is no image or is truncated: {error}") from error
+    if image.size != (side, side):
+        image = image.resize((side, side), image_module.Resampling.BILINEAR)
+    pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
+    return pixels.view(side, side, 3).permute(2, 0, 1)
+
+
+def _check_presence(paths: Sequence[Path]) -> None:
+    """One look into every folder instead of one for every file."""
+    if not paths:
+        raise ValueError("there are no images to load")
+    names: dict[Path, set[str]] = {}
+    for folder in {path.parent for path in paths}:
+        names[folder] = set(os.listdir(folder)) if folder.is_dir() else set()
+    missing = [path for path in paths if path.name not in names[path.parent]]
+    if missing:
+        raise FileNotFoundError(f"{len(missing)} of {len(paths)} images are missing, the first is {missing[0]}")
+
+
+def _pillow() -> Any:
+    try:
+        from PIL import Image
+    except ImportError as error:
+        raise ImportError("images are decoded by Pillow: pip install 'ffw_fast[images]'") from error
+    return Image
