@@ -36,6 +36,7 @@ def run_whole(
     print(f"{workload.title}, whole: the biased network ...", flush=True)
     splits, model = workload.load(None, seed, **data_options), workload.build_model(seed)
     recipe = workload.recipe(full=False)
+    assert recipe is not None and splits.vanilla is not None
     train_vanilla(model, splits.vanilla, replace(recipe, epochs=vanilla_epochs or recipe.epochs), seed=seed)
     settings = Settings(
         workload.bottleneck,

@@ -13,7 +13,7 @@ from typing import Any, TypeAlias
 
 from ffw_fast.backend import backend_info
 from ffw_fast.benchmarks import BENCHES
-from ffw_fast.compare import compare, comparison_table, default_settings
+from ffw_fast.compare import all_settings, compare, comparison_table
 from ffw_fast.engines import Engine, LocalProcesses, RayCluster
 from ffw_fast.export import FORMATS, export
 from ffw_fast.files import write_json, write_tensors
@@ -21,6 +21,9 @@ from ffw_fast.gates import GATES
 from ffw_fast.grid import accept_grids, combinations
 from ffw_fast.interrupts import Terminated, ending_signals_raise, exit_code
 from ffw_fast.modules import GRANULARITIES
+from ffw_fast.own import NAME as OWN
+from ffw_fast.own import TITLE as OWN_TITLE
+from ffw_fast.own import options_in_file, own_workload
 from ffw_fast.progress import describe_time, make_progress
 from ffw_fast.run import Request, check_folder, load_run, prepare_vanilla, run_workload
 from ffw_fast.run_lock import locked
@@ -48,7 +51,12 @@ Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; the exit code: 0, 2 for an error, 130 after Ctrl-C, 143 after SIGTERM."""
-    options = build_parser().parse_args(arguments)
+    try:
+        given = _with_workload(list(sys.argv[1:] if arguments is None else arguments))
+    except (OSError, ValueError) as error:
+        print(f"ffw-fast: error: {error}", file=sys.stderr)
+        return 2
+    options = build_parser().parse_args(given)
     try:
         with ending_signals_raise(), _plain_warnings():
             return options.command(options)
@@ -61,6 +69,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         print(f"ffw-fast: error: {error}", file=sys.stderr)
         return 2
+
+
+def _with_workload(arguments: list[str]) -> list[str]:
+    """The arguments of ``run FILE.toml`` and of ``run --model ...`` in full, with a workload; others as they are."""
+    if "run" not in arguments[:2]:
+        return arguments
+    start = arguments.index("run") + 1
+    before, after = arguments[:start], arguments[start:]
+    if after and after[0].endswith(".toml"):
+        return before + options_in_file(Path(after[0])) + after[1:]
+    if after and after[0].startswith("--") and after[0] != "--help":
+        return [*before, OWN, *after]
+    return arguments
 
 
 @contextmanager
@@ -118,25 +139,51 @@ def _add_run(commands: Commands) -> None:
         "run",
         help="train the biased network of a workload and extract its unbiased sub-network",
         description="Trains the biased network of a workload, extracts its unbiased sub-network and measures both.",
-        usage="ffw-fast run WORKLOAD [options]",
-        epilog="ffw-fast run WORKLOAD --help shows the options of a workload.",
+        usage=(
+            "ffw-fast run WORKLOAD [options]\n"
+            "       ffw-fast run --model MODULE:FUNCTION --data MODULE:FUNCTION [options]\n"
+            "       ffw-fast run FILE.toml [options]"
+        ),
+        epilog="ffw-fast run WORKLOAD --help shows the options of a workload. A file has them as lines: gamma = 3",
     )
     workloads = _add_workloads(run, "ffw-fast run")
     for workload in WORKLOADS.values():
         parser = _workload_parser(workloads, workload, out=f"runs/{workload.name}")
-        _add_setting(parser, workload)
-        parser.add_argument(
-            "--resume", action="store_true", help="continue from the run folder's checkpoint, where there is one"
-        )
-        parser.add_argument("--vanilla-only", action="store_true", help="train the biased network and stop there")
-        parser.set_defaults(command=_run)
+        _add_setting(parser, workload.default_gamma)
+        _add_run_options(parser)
+    parser = _own_parser(workloads)
+    _add_setting(parser, 10.0)
+    _add_run_options(parser)
 
 
-def _add_setting(parser: argparse.ArgumentParser, workload: Workload) -> None:
+def _add_run_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--resume", action="store_true", help="continue from the run folder's checkpoint, where there is one"
+    )
+    parser.add_argument("--vanilla-only", action="store_true", help="train the biased network and stop there")
+    parser.set_defaults(command=_run)
+
+
+def _own_parser(workloads: Commands) -> argparse.ArgumentParser:
+    """The parser of a user's own model and data."""
+    parser = workloads.add_parser(OWN, help=OWN_TITLE, description=f"Debiases {OWN_TITLE}.", allow_abbrev=False)
+    named = "MODULE:FUNCTION"
+    choose = parser.add_argument
+    choose("--model", metavar=named, required=True, help="gives the trained network, an nn.Module")
+    choose("--data", metavar=named, required=True, help="gives (train, val) or (train, val, test), as for extract()")
+    choose("--bottleneck", metavar="NAME", required=True, help="module whose output must not tell the bias")
+    choose("--num-bias-classes", type=int, metavar="K", required=True, help="classes of each bias")
+    choose("--weights", metavar="FILE", help="a state dict for the network, .safetensors or .pt (tensors alone)")
+    choose("--bias-names", metavar="NAME", nargs="+", default=[], help="of the biases, for tables")
+    _add_common_options(parser, out="runs/own", batch_size=100)
+    return parser
+
+
+def _add_setting(parser: argparse.ArgumentParser, gamma: float) -> None:
     """What one extraction differs in from another of the same workload."""
     add = _adder(parser)
     add("--seed", int, 0, "N", "seed of data, networks, heads and orders")
-    add("--gamma", float, workload.default_gamma, "W", "weight of the mutual information in the objective")
+    add("--gamma", float, gamma, "W", "weight of the mutual information in the objective")
     parser.add_argument(
         "--schedule", choices=SCHEDULES, default="published", help=f"how the temperature falls {DEFAULT}"
     )
@@ -153,13 +200,21 @@ def _add_compare(commands: Commands) -> None:
     workloads = _add_workloads(compare, "ffw-fast compare")
     for workload in WORKLOADS.values():
         parser = _workload_parser(workloads, workload, out=f"runs/compare-{workload.name}")
-        for flag, kind, values, text in (
-            ("--seeds", int, [1, 2, 3], "each one row of every method"),
-            ("--gammas", float, [1.0, 10.0], "weights of the mutual information in FFW"),
+        for flag, kind, values, known, text in (
+            ("--seeds", int, [1, 2, 3], None, "each one row of every method"),
+            ("--gammas", float, [1, 10], None, "weights of the mutual information in FFW"),
+            ("--schedules", str, list(SCHEDULES), SCHEDULES, "how the temperature falls in FFW"),
+            ("--granularities", str, None, GRANULARITIES, "several instead of --granularity"),
         ):
-            shown = " ".join(f"{value:g}" for value in values)
+            shown = f" (default: {' '.join(map(str, values))})" if values else ""
             parser.add_argument(
-                flag, type=kind, nargs="+", metavar="N", default=values, help=f"{text} (default: {shown})"
+                flag,
+                type=kind,
+                nargs="+",
+                choices=known,
+                metavar=None if known else "N",
+                default=values,
+                help=text + shown,
             )
         parser.set_defaults(command=_compare)
 
@@ -175,7 +230,7 @@ def _add_sweep(commands: Commands) -> None:
     workloads = _add_workloads(sweep, "ffw-fast sweep")
     for workload in WORKLOADS.values():
         parser = _workload_parser(workloads, workload, out=f"runs/sweep-{workload.name}")
-        _add_setting(parser, workload)
+        _add_setting(parser, workload.default_gamma)
         engine = parser.add_argument_group(
             "sweep",
             "Every option above takes several values (1,3,10 or 0..9), but for the folders, the device and those "
@@ -201,8 +256,7 @@ def _add_workloads(command: argparse.ArgumentParser, prog: str) -> Commands:
 def _workload_parser(workloads: Commands, workload: Workload, out: str) -> argparse.ArgumentParser:
     """The parser of a workload, with the arguments that every command on workloads has."""
     parser = workloads.add_parser(workload.name, help=workload.title, description=workload.title, allow_abbrev=False)
-    add, choose = _adder(parser), parser.add_argument
-    add("--out", str, out, "DIR", "the folder of results")
+    choose = parser.add_argument
     choose(
         "--data-dir",
         metavar="DIR",
@@ -215,15 +269,7 @@ def _workload_parser(workloads: Commands, workload: Workload, out: str) -> argpa
         metavar="N",
         help="epochs of the biased network's training (default: the workload's)",
     )
-    add("--max-epochs", int, 200, "N", "epochs of the extraction at most")
-    add("--alpha", float, 1.0, "W", "weight of the cross-entropy in the objective")
-    choose("--gate", choices=GATES, default="ffw", help=f"kind of gate {DEFAULT}")
-    choose("--granularity", choices=GRANULARITIES, default="weight", help=f"what a gate belongs to {DEFAULT}")
-    add("--anneal-rate", float, 1e-4, "RATE", "how far the adaptive schedule moves the mean gate in a step at most")
-    add("--batch-size", int, workload.batch_size, "N", "samples a step, of gates and heads, and of the validation MI")
-    choose("--precision", choices=PRECISIONS, default="fp32", help=f"of the network's passes {DEFAULT}")
-    choose("--device", help="where to run, such as cpu or cuda:0 (default: cpu)")
-    choose("--quiet", action="store_true", help="show no progress")
+    _add_common_options(parser, out, workload.batch_size)
     own = parser.add_argument_group("data", "Where one is left out, the data set decides.")
     for option in workload.options:
         if option.type is bool:
@@ -232,6 +278,20 @@ def _workload_parser(workloads: Commands, workload: Workload, out: str) -> argpa
             metavar = {int: "N", float: "X", str: "DIR"}[option.type]
             own.add_argument(option.flag, type=option.type, metavar=metavar, help=option.help)
     return parser
+
+
+def _add_common_options(parser: argparse.ArgumentParser, out: str, batch_size: int) -> None:
+    add, choose = _adder(parser), parser.add_argument
+    add("--out", str, out, "DIR", "the folder of results")
+    add("--max-epochs", int, 200, "N", "epochs of the extraction at most")
+    add("--alpha", float, 1.0, "W", "weight of the cross-entropy in the objective")
+    choose("--gate", choices=GATES, default="ffw", help=f"kind of gate {DEFAULT}")
+    choose("--granularity", choices=GRANULARITIES, default="weight", help=f"what a gate belongs to {DEFAULT}")
+    add("--anneal-rate", float, 1e-4, "RATE", "how far the adaptive schedule moves the mean gate in a step at most")
+    add("--batch-size", int, batch_size, "N", "samples a step, of gates and heads, and of the validation MI")
+    choose("--precision", choices=PRECISIONS, default="fp32", help=f"of the network's passes {DEFAULT}")
+    choose("--device", help="where to run, such as cpu or cuda:0 (default: cpu)")
+    choose("--quiet", action="store_true", help="show no progress")
 
 
 def _adder(parser: argparse._ActionsContainer) -> Callable[[str, Callable[[str], object], object, str, str], object]:
@@ -244,20 +304,31 @@ def _adder(parser: argparse._ActionsContainer) -> Callable[[str, Callable[[str],
 
 
 def _request(options: argparse.Namespace) -> Request:
-    workload = WORKLOADS[options.workload]
     given = vars(options)
+    workload = _own(options) if options.workload == OWN else WORKLOADS[options.workload]
     return Request(
         workload=workload,
         out=Path(options.out),
         seed=given.get("seed", 0),
-        data_dir=options.data_dir,
+        data_dir=given.get("data_dir"),
         data_options={
             option.name: given[option.name] for option in workload.options if given.get(option.name) is not None
         },
         extraction={name: given[name] for name in EXTRACTION_OPTIONS if name in given},
-        vanilla_epochs=options.vanilla_epochs,
+        vanilla_epochs=given.get("vanilla_epochs"),
         device=options.device,
         resume=given.get("resume", False),
+    )
+
+
+def _own(options: argparse.Namespace) -> Workload:
+    return own_workload(
+        options.model,
+        options.data,
+        bottleneck=options.bottleneck,
+        num_bias_classes=options.num_bias_classes,
+        weights=options.weights,
+        bias_names=tuple(options.bias_names),
     )
 
 
@@ -268,7 +339,7 @@ def _run(options: argparse.Namespace) -> int:
         prepare_vanilla(request, make_progress(not options.quiet))
         return 0
     metrics = run_workload(request, make_progress(not options.quiet))
-    print_table(metrics_table(metrics, workload.bias_names, workload.num_bias_classes))
+    print_table(metrics_table(metrics, tuple(metrics["bias_names"]), workload.num_bias_classes))
     stages = ", ".join(f"{stage} {describe_time(seconds)}" for stage, seconds in metrics["stages"].items())
     print(f"{metrics['epochs']} epochs; {stages}")
     print(f"run folder: {options.out}")
@@ -320,8 +391,10 @@ def _engine(options: argparse.Namespace, trials: int) -> Iterator[Engine]:
 
 def _compare(options: argparse.Namespace) -> int:
     request = _request(options)
+    granularities = options.granularities or [options.granularity]
+    settings = all_settings(options.schedules, options.gammas, granularities)
     with make_progress(not options.quiet) as progress:
-        rows = compare(request, options.seeds, default_settings(options.gammas), progress)
+        rows = compare(request, options.seeds, settings, progress)
     print_table(comparison_table(rows, request.workload.bias_names))
     return 0
 

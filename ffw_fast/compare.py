@@ -4,8 +4,9 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
+from itertools import product
 from statistics import mean, stdev
 from typing import Any
 
@@ -31,9 +32,11 @@ class Setting:
 
     schedule: str
     gamma: float
+    granularity: str = "weight"
 
     def __str__(self) -> str:
-        return f"FFW {self.schedule}, gamma {self.gamma:g}"
+        kind = "" if self.granularity == "weight" else f" {self.granularity} gates,"
+        return f"FFW{kind} {self.schedule}, gamma {self.gamma:g}"
 
 
 def compare(
@@ -79,13 +82,13 @@ def compare(
 def _identity(request: Request) -> dict[str, Any]:
     """What results must agree in to stand in one table, whatever the methods and seeds."""
     settings = request.settings.as_dict()
-    for name in ("seed", "gamma", "schedule"):
+    for name in ("seed", *(field.name for field in fields(Setting))):
         del settings[name]
     return {
         "workload": request.workload.name,
         "data_dir": request.data_dir and os.path.abspath(request.data_dir),
         "data_options": request.data_options,
-        "vanilla_epochs": request.recipe.epochs,
+        "vanilla_epochs": request.recipe and request.recipe.epochs,
         "settings": settings,
     }
 
@@ -113,7 +116,7 @@ def _methods(
 
         def extracted(setting: Setting = setting, found: list[Any] = found) -> Any:
             if not found:
-                given = {**base.as_dict(), "schedule": setting.schedule, "gamma": setting.gamma}
+                given = {**base.as_dict(), **asdict(setting)}
                 found.append(extract(vanilla, train, val, progress=progress, **given))
             return found[0]
 
@@ -161,7 +164,7 @@ def spread(values: list[float]) -> str:
     return f"{mean(values):.3f} ± {stdev(values):.3f}" if len(values) > 1 else f"{values[0]:.3f}"
 
 
-def default_settings(gammas: list[float]) -> list[Setting]:
-    """Both schedules at every gamma."""
-    return [Setting(schedule, gamma) for schedule in ("published", "adaptive") for gamma in gammas]
+def all_settings(schedules: list[str], gammas: list[float], granularities: list[str]) -> list[Setting]:
+    """Every combination."""
+    return [Setting(*combination) for combination in product(schedules, gammas, granularities)]
 

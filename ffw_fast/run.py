@@ -16,6 +16,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from ffw_fast.backend import backend_info
+from ffw_fast.data.datasets import stream_note
 from ffw_fast.data.samples import Inputs, Samples, Splits
 from ffw_fast.evaluation import evaluate_predictions
 from ffw_fast.extract import extract
@@ -88,10 +89,12 @@ class Request:
         return Settings(bottleneck=workload.bottleneck, num_bias_classes=workload.num_bias_classes, **given)
 
     @property
-    def recipe(self) -> Recipe:
-        """How the biased network is trained."""
+    def recipe(self) -> Recipe | None:
+        """How the biased network is trained; None where it is trained already."""
         recipe = self.workload.recipe(full=self.data_dir is not None)
-        return recipe if self.vanilla_epochs is None else replace(recipe, epochs=self.vanilla_epochs)
+        if recipe is None or self.vanilla_epochs is None:
+            return recipe
+        return replace(recipe, epochs=self.vanilla_epochs)
 
 
 def run_workload(request: Request, progress: Progress) -> dict[str, Any]:
@@ -121,8 +124,12 @@ def _run_locked(request: Request, config: dict[str, Any], progress: Progress) ->
     with progress:
         progress.stage("data")
         splits = request.workload.load(request.data_dir, request.seed, **request.data_options)
-        config["samples"] = {name: len(getattr(splits, name).y) for name in ("vanilla", "train", "val", "test")}
+        sets = {name: getattr(splits, name) for name in ("vanilla", "train", "val", "test")}
+        config["samples"] = {name: len(samples.y) for name, samples in sets.items() if samples is not None}
         config["input_shape"] = list(splits.train.x.shape[1:])
+        for name in ("train", "val", "test"):
+            progress.note(stream_note(sets[name], name))
+        names = _bias_names(request.workload, splits.train.b.shape[1])
         clock.lap("data")
         vanilla = trained_vanilla(request, splits, progress)
         clock.lap("vanilla")
@@ -139,12 +146,22 @@ def _run_locked(request: Request, config: dict[str, Any], progress: Progress) ->
         "seconds": found.metrics["seconds"],
         "stages": clock.laps,
         "complete": complete,
+        "bias_names": names,
         "validation": found.metrics,
     }
     _write_results(request.out, found, config, metrics)
     if not complete:
         raise KeyboardInterrupt
     return metrics
+
+
+def _bias_names(workload: Workload, biases: int) -> list[str]:
+    """The workload's names of its biases, or numbers where it has none."""
+    if not workload.bias_names:
+        return ["bias"] if biases == 1 else [f"bias {number}" for number in range(1, biases + 1)]
+    if len(workload.bias_names) != biases:
+        raise ValueError(f"there are {biases} biases in the data and {len(workload.bias_names)} names of biases")
+    return list(workload.bias_names)
 
 
 def prepare_vanilla(request: Request, progress: Progress) -> None:
@@ -312,8 +329,8 @@ def _config(request: Request) -> dict[str, Any]:
     }
 
 
-def _as_json(recipe: Recipe) -> dict[str, Any]:
-    return {**asdict(recipe), "milestones": list(recipe.milestones)}
+def _as_json(recipe: Recipe | None) -> dict[str, Any] | None:
+    return None if recipe is None else {**asdict(recipe), "milestones": list(recipe.milestones)}
 
 
 def vanilla_identity(request: Request) -> dict[str, Any]:
@@ -329,10 +346,14 @@ def vanilla_identity(request: Request) -> dict[str, Any]:
 
 
 def trained_vanilla(request: Request, splits: Splits, progress: Progress) -> nn.Module:
-    """The biased network: from the run folder where it was trained there in the same way, else trained now."""
+    """The biased network: as it comes if it is trained, else the run folder's if it was trained so there, else new."""
     recipe, settings = request.recipe, request.settings
     model = request.workload.build_model(request.seed)
-    record = {**vanilla_identity(request), "samples": len(splits.vanilla.y)}
+    record = {**vanilla_identity(request), "samples": splits.vanilla and len(splits.vanilla.y)}
+    if recipe is None or splits.vanilla is None:
+        if not (request.resume and (request.out / VANILLA).exists()):  # the checkpoint is checked against the weights
+            _keep_vanilla(request.out, record, model)
+        return model.to(request.device or "cpu").eval()
     if (kept := _kept_vanilla(request.out, record)) is not None:
         model.load_state_dict(kept)
         return model.to(request.device or "cpu").eval()
@@ -397,10 +418,11 @@ def load_run(folder: str | os.PathLike[str]) -> Extraction:
 
 def _test_metrics(found: Extraction, splits: Splits, seed: int) -> dict[str, Any]:
     """The biased network, the pruned one and the best one on the unbiased test set."""
-    networks: dict[str, tuple[Callable[[], nn.Module], float]] = {
-        "vanilla": (lambda: found.dense_model.eval(), 0.0),
-        "pruned": (found.model, sparsity(found.masks)),
-        "best": (lambda: found.model(best=True), sparsity(found.best_masks)),
+    kept = {layer: torch.ones_like(mask) for layer, mask in found.masks.items()}
+    networks: dict[str, tuple[Callable[[], nn.Module], dict[str, Tensor]]] = {
+        "vanilla": (lambda: found.dense_model.eval(), kept),
+        "pruned": (found.model, found.masks),
+        "best": (lambda: found.model(best=True), found.best_masks),
     }
     settings = found.settings
     return {
@@ -412,10 +434,15 @@ def _test_metrics(found: Extraction, splits: Splits, seed: int) -> dict[str, Any
             splits.test,
             seed=seed,
             batch_size=settings.batch_size,
-            sparsity=removed,
+            sparsity=sparsity(masks),
         )
-        for name, (network, removed) in networks.items()
+        | {"layer_sparsity": {layer: _pruned_share(mask) for layer, mask in masks.items()}}
+        for name, (network, masks) in networks.items()
     }
+
+
+def _pruned_share(mask: Tensor) -> float:
+    return (~mask).double().mean().item()
 
 
 def leakage(

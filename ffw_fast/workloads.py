@@ -38,10 +38,10 @@ class Workload:
     bottleneck: str  # the module whose output the heads read
     network: Callable[[], nn.Module]
     data: Callable[..., Splits]  # called with data_dir, seed and the options
-    full_recipe: Recipe  # as published, for the full data set
+    full_recipe: Recipe | None  # as published, for the full data set; None for a network that is trained already
     shipped_recipe: Recipe | None  # for the data that comes with the package; None where none does
-    paper_seconds: int  # time of FFW on an A100, Table 8 of the paper
-    paper_unbiased_size: int  # samples of the unbiased training set, Table 8 of the paper
+    paper_seconds: int | None = None  # time of FFW on an A100, Table 8 of the paper
+    paper_unbiased_size: int | None = None  # samples of the unbiased training set, Table 8 of the paper
     options: tuple[Option, ...] = ()
     num_classes: int = 10
     num_bias_classes: int = 10
@@ -63,7 +63,7 @@ class Workload:
             )
         return self.data(data_dir, seed, **options)
 
-    def recipe(self, full: bool) -> Recipe:
+    def recipe(self, full: bool) -> Recipe | None:
         """How to train the vanilla network: as published on the ``full`` data set, or on the shipped one."""
         return self.full_recipe if full or self.shipped_recipe is None else self.shipped_recipe
 

