@@ -96,6 +96,15 @@ def find_function(name: str) -> Callable[[], Any]:
     return function
 
 
+def make_network(model: str) -> nn.Module:
+    """The network that the function ``module:function`` gives.
+
+    Raises:
+        ValueError, ImportError, TypeError: it is not there, fails or gives something else.
+    """
+    return _network(_called(find_function(model), model), model, None)
+
+
 def _called(function: Callable[[], Any], name: str) -> Any:
     try:
         return function()

@@ -15,6 +15,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from ffw_fast import own
 from ffw_fast.backend import backend_info
 from ffw_fast.data.datasets import stream_note
 from ffw_fast.data.samples import Inputs, Samples, Splits
@@ -406,8 +407,11 @@ def load_run(folder: str | os.PathLike[str]) -> Extraction:
     folder = Path(folder)
     if missing := [name for name in (CONFIG, VANILLA, SCORES) if not (folder / name).is_file()]:
         raise FileNotFoundError(f"{folder} holds no finished run of ffw-fast: it has no {', '.join(missing)}")
-    workload = get_workload(str(read_json(folder / CONFIG).get("workload")))
-    network = workload.build_model(seed=0)  # its weights are read below
+    config = read_json(folder / CONFIG)
+    if config.get("workload") == own.NAME:
+        network = own.make_network(str(config.get("data_options", {}).get("model")))
+    else:
+        network = get_workload(str(config.get("workload"))).build_model(seed=0)  # its weights are read below
     weights, _ = read_tensors(folder / VANILLA)
     try:
         network.load_state_dict(weights)

@@ -14,6 +14,7 @@ import ffw_fast
 from ffw_fast.cli import main
 from ffw_fast.data.stream import Stream
 from ffw_fast.own import find_function, load_weights, options_in_file, own_workload
+from ffw_fast.run import load_run
 from tests.tiny import CLASSES, network, samples
 
 SHORT = ["--bottleneck", "relu", "--num-bias-classes", str(CLASSES), "--max-epochs", "2", "--batch-size", "10"]
@@ -92,6 +93,7 @@ def test_model_and_data_of_the_current_folder(capsys):
     assert all(torch.equal(score, expected.scores[name]) for name, score in found.scores.items())
     assert metrics["vanilla"]["task_accuracy"] == ffw_fast.evaluate(network(seed=3), samples(30, seed=2)).average
     assert torch.equal(load_file("out/vanilla.safetensors")["fc1.weight"], network(seed=3).fc1.weight)
+    assert torch.equal(load_run("out").model().fc1.weight, found.model().fc1.weight)
 
 
 def test_it_resumes_and_without_a_test_set_the_validation_set_is_measured():
