@@ -20,6 +20,7 @@ test: venv
 # All proofs of the GPU kernels that need no GPU; needs nvcc for some, and takes long.
 gpu-check: venv
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -m ladder
+	$(BIN)/python -m ffw_fast.benchmarks.ladder
 
 clean:
 	rm -rf .venv build dist runs *.egg-info ffw_fast/*.so

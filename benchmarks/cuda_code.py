@@ -109,6 +109,7 @@ class Kernel:
     local_accesses: int
     fp64: int
     subroutines: int
+    load_bits: int  # the widest access to global memory
 
     @property
     def blocks(self) -> int:
@@ -195,6 +196,12 @@ def _subroutines(code: str) -> int:
     return sum("SHFL" not in " ".join(instructions[max(0, i - 4) : i]) for i in returns)
 
 
+def _widest_load(code: str) -> int:
+    widths = {"U8": 8, "S8": 8, "U16": 16, "S16": 16, "64": 64, "128": 128}
+    loads = [parts.split(".") for parts in re.findall(r"\bLDG\.E((?:\.\w+)*)", code)]
+    return max((max((widths[part] for part in parts if part in widths), default=32) for parts in loads), default=0)
+
+
 _FP64 = re.compile(r"\b(D(ADD|MUL|FMA|SETP|MNMX)|DMMA)\b|\.F64|RCP64|RSQ64")
 
 
@@ -220,6 +227,7 @@ def read_kernels(cubin: Path, architecture: str) -> list[Kernel]:
                 len(re.findall(r"\b(?:LDL|STL)\b", code)),
                 len(_FP64.findall(code)),
                 _subroutines(code),
+                _widest_load(code),
             )
         )
     return sorted(kernels, key=lambda kernel: (list(BUDGETS).index(kernel.name), kernel.variant))

@@ -86,10 +86,15 @@ class Layer:
 
 def layers_of(job: Job) -> list[Layer]:
     """The job's Conv and Linear layers, in the order of a forward pass; of several that are equal, one."""
-    return list({layer.shape: layer for layer in reversed(list(_all_layers(job)))}.values())[::-1]
+    return list({layer.shape: layer for layer in reversed(all_layers(job))}.values())[::-1]
 
 
-def _all_layers(job: Job) -> Iterator[Layer]:
+def all_layers(job: Job) -> list[Layer]:
+    """The job's Conv and Linear layers, in the order of a forward pass."""
+    return list(_run_layers(job))
+
+
+def _run_layers(job: Job) -> Iterator[Layer]:
     model = job.network().eval()
     read: list[tuple[nn.Module, Tensor, Tensor]] = []
     for layer in maskable_layers(model).values():
