@@ -2,6 +2,9 @@
 
 BENCHES = {
     "table8": "the parts of every epoch of the paper's Table 8 against the reference and the floor; or one run whole",
+    "operators": "every operator and layer shape against eager PyTorch, torch.compile and the floor",
+    "masked_layers": "MaskedConv2d and MaskedLinear against the dense layers: the ratio per shape",
+    "growth": "how time and peak memory grow with samples, parameters, batch size and threads",
     "fft_conv": "SimpleConvNet's convolutions by FFT against direct ones",
     "roofline": "Table 8 on an A100, on paper: floors of all kernels and a projection, without a GPU",
     "gpu": "on a CUDA machine: build, kernel tests, operators and Table 8; --dry on the CPU",

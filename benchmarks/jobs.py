@@ -1,6 +1,7 @@
 """The four rows of the paper's Table 8: networks, sizes and times; and the layers that they are made of."""
 
-from collections.abc import Callable, Iterator
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -34,12 +35,22 @@ JOBS = (
     Job("Multi-Color MNIST", MLP, "relu3", (3, 28, 28), 10, 2, 6000, 2000, 1320),
 )
 
+def _tiny_convolutions() -> nn.Module:
+    layers = {"conv1": nn.Conv2d(3, 8, 7, padding=3), "relu": nn.ReLU(), "conv2": nn.Conv2d(8, 16, 3, stride=2)}
+    return nn.Sequential(OrderedDict(layers, pool=nn.AdaptiveAvgPool2d(1), flatten=nn.Flatten(), fc=nn.Linear(16, 10)))
 
-def chosen_jobs(parts: list[str]) -> list[Job]:
+
+TINY_JOBS = (  # for dry runs
+    Job("Tiny convolutions", _tiny_convolutions, "flatten", (3, 8, 8), 10, 1, 40, 20, 60, batch_size=4),
+    Job("Tiny perceptron", lambda: MLP(3 * 6 * 6, hidden=16), "relu3", (3, 6, 6), 10, 2, 400, 200, 60, batch_size=50),
+)
+
+
+def chosen_jobs(parts: list[str], jobs: Sequence[Job] = JOBS) -> list[Job]:
     """The jobs whose name holds one of the parts, or all. ``ValueError`` with the known names where none does."""
-    chosen = [job for job in JOBS if not parts or any(part.lower() in job.name.lower() for part in parts)]
+    chosen = [job for job in jobs if not parts or any(part.lower() in job.name.lower() for part in parts)]
     if not chosen:
-        raise ValueError(f"no workload is called {' or '.join(parts)}; there are {', '.join(job.name for job in JOBS)}")
+        raise ValueError(f"no workload is called {' or '.join(parts)}; there are {', '.join(job.name for job in jobs)}")
     return chosen
 
 
@@ -49,6 +60,17 @@ def random_samples(job: Job, count: int) -> Samples:
     x = torch.randn(count, *job.image, generator=source)
     y = torch.randint(job.classes, (count,), generator=source)
     return Samples(x, y, torch.randint(job.classes, (count, job.biases), generator=source))
+
+
+def feature_width(job: Job, model: nn.Module) -> int:
+    """Features at the bottleneck of the job's network."""
+    widths = []
+    module = model.get_submodule(job.bottleneck)
+    hook = module.register_forward_hook(lambda _module, _x, output: widths.append(output.flatten(1).shape[1]))
+    with torch.no_grad():
+        model.eval()(torch.zeros(1, *job.image))
+    hook.remove()
+    return widths[0]
 
 
 @dataclass(frozen=True)

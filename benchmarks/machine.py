@@ -10,6 +10,8 @@ from typing import Any, Self
 
 import torch
 
+from ffw_fast.version import __version__
+
 MATRIX = 1536
 COPY_BYTES = 256 * 2**20
 
@@ -94,6 +96,7 @@ def describe() -> dict[str, Any]:
         "instruction_set": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
         "huge_pages": os.environ.get("THP_MEM_ALLOC_ENABLE") == "1",
+        "ffw_fast": __version__,
         "torch": torch.__version__,
         "python": platform.python_version(),
         "system": platform.platform(),

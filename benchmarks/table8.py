@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from ffw_fast.benchmarks.jobs import Job, chosen_jobs, random_samples
+from ffw_fast.benchmarks.jobs import JOBS, TINY_JOBS, Job, chosen_jobs, feature_width, random_samples
 from ffw_fast.benchmarks.machine import Rates, has_fast_bf16, measure_rates, record, seconds
 from ffw_fast.benchmarks.whole import run_whole, whole_table
 from rich.table import Table
@@ -110,16 +110,6 @@ def floor(job: Job, model: nn.Module, rates: Rates, precision: str) -> Parts:
     return Parts(step / rate, per_sample / rate, head_flops / rates.fp32, ADAM_BYTES * gates / rates.copy)
 
 
-def feature_width(job: Job, model: nn.Module) -> int:
-    widths = []
-    module = model.get_submodule(job.bottleneck)
-    hook = module.register_forward_hook(lambda _module, _x, output: widths.append(output.flatten(1).shape[1]))
-    with torch.no_grad():
-        model.eval()(torch.zeros(1, *job.image))
-    hook.remove()
-    return widths[0]
-
-
 def measure_job(job: Job, steps: int, precisions: tuple[str, ...]) -> dict[str, Any]:
     """The parts of one workload, in the reference and in ``ffw_fast``."""
     model = job.network().eval()
@@ -191,8 +181,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--whole", action="store_true", help="also run Multi-Color MNIST whole, on the shipped digits, both ways"
     )
+    parser.add_argument("--tiny", action="store_true", help="a dry run on tiny shapes, whose times say nothing")
     options = parser.parse_args(arguments)
-    precisions, jobs = tuple(options.precision), chosen_jobs(options.only)
+    precisions, jobs = tuple(options.precision), chosen_jobs(options.only, TINY_JOBS if options.tiny else JOBS)
     rates = measure_rates(bf16="bf16" in precisions)
     measured = []
     for job in jobs:

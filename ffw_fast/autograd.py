@@ -1,11 +1,20 @@
 """Gradients of the raw operators: the straight-through gate, masked layers, and mutual information by the logits."""
 
+import inspect
+
 import torch
 from torch import Tensor
 
 from ffw_fast import ops
 
 
+def _with_known_signature(function: type[torch.autograd.Function]) -> type[torch.autograd.Function]:
+    """Keeps the signature of ``forward`` where ``apply`` looks for it: working it out costs more than a small layer."""
+    function.forward.__signature__ = inspect.signature(function.forward)  # type: ignore[attr-defined]
+    return function
+
+
+@_with_known_signature
 class GateWeight(torch.autograd.Function):
     """``v = w * g(m)`` with the straight-through gradient to the scores ``m``.
 
@@ -35,6 +44,7 @@ class GateWeight(torch.autograd.Function):
         return weight_grad, scores_grad, None, None, None
 
 
+@_with_known_signature
 class GatedLinear(torch.autograd.Function):
     """``relu(x (w * g(m))^T + bias)``, the ReLU if asked for, by one operator; ``w`` and ``bias`` are frozen."""
 
@@ -61,6 +71,7 @@ class GatedLinear(torch.autograd.Function):
         return x_grad, None, scores_grad, None, None, None, None, None
 
 
+@_with_known_signature
 class GatedConv2d(torch.autograd.Function):
     """``relu(conv2d(x, w * g(m), bias))``, the ReLU if asked for, by one operator; ``w`` and ``bias`` are frozen."""
 
@@ -90,6 +101,7 @@ class GatedConv2d(torch.autograd.Function):
         return x_grad, None, scores_grad, *[None] * 9
 
 
+@_with_known_signature
 class MutualInformation(torch.autograd.Function):
     """MI of labels (n, heads) and the predictions behind logits (n, heads, K): one number a head."""
 
