@@ -152,7 +152,7 @@ class Loop:
             device=device,
         )
         self.vanilla_heads = self.heads
-        self.best_scores = self.gates.scores.clone()
+        self.best_scores = self.gates.scores  # until the first judgement
         self.metrics: dict[str, Any] = {}
         self.best: Measurement | None = None
         self.history: list[dict[str, Any]] = []
@@ -269,7 +269,8 @@ class Loop:
             self._refit(heads)
             judged = self._measure(heads, self.gates.sparsity(shift))
         if self.best is None or judged.mean_bias_accuracy < self.best.mean_bias_accuracy:
-            self.best, self.best_scores = judged, self.gates.scores + shift
+            own = self.best_scores if self.best is not None else None
+            self.best, self.best_scores = judged, torch.add(self.gates.scores, shift, out=own)
         self.metrics["pruned"] = judged.as_dict()
         self.metrics["best"] = self.best.as_dict()
         return judged

@@ -20,6 +20,7 @@ from ffw_fast.modules import flat_offsets, maskable_layers
 from ffw_fast.simplify import simplified
 
 EVALUATION_BATCH = 500  # samples a forward pass without gradients
+BLOCK = 2**18  # gates that a pass over the flat buffers takes at a time, where it needs memory for as many
 
 
 class FlatGates:
@@ -61,7 +62,8 @@ class FlatGates:
 
     def sparsity(self, shift: float = 0.0) -> float:
         """Share of the weights that pruning at ``m + shift >= 0`` removes."""
-        return int((self.scores + shift < 0).sum()) / self.count  # the padding's scores are 0
+        removed = sum(int((self.scores[part] + shift < 0).sum()) for part in self._blocks())
+        return removed / self.count  # the padding's scores are 0
 
     def view(self, buffer: Tensor, name: str) -> Tensor:
         """The layer's part of a flat buffer, in the shape of its weight."""
@@ -74,13 +76,27 @@ class FlatGates:
     @torch.no_grad()
     def refresh(self) -> None:
         """Compute the gated weights anew from scores, temperature and draw."""
-        self.gated.copy_(ops.gate_weight(self.weight, self.scores, self.temperature, self.draw, int(self.kind)))
+        for part in self._blocks():
+            weight, scores, draw = self.weight[part], self.scores[part], self._draw_from(part.start)
+            self.gated[part] = ops.gate_weight(weight, scores, self.temperature, draw, int(self.kind))
+
+    def _blocks(self) -> Iterator[slice]:
+        """The flat buffers in parts, so that what is computed from them needs no memory of their size."""
+        return (slice(start, start + BLOCK) for start in range(0, len(self.weight), BLOCK))
+
+    def _draw_from(self, first: int) -> Tensor:
+        """The draw of the gates from the given one on."""
+        return self.draw + philox.make_draw(first_element=first, device=self.draw.device)
 
     @torch.no_grad()
     def measure_movement(self) -> None:
         """Measure the movement of the gates in use; afterwards the optimizer's pass keeps it up to date."""
-        uniform = philox.uniform(len(self.scores), self.draw).to(self.scores.dtype) if self.kind.is_random else None
-        self.movement.copy_(gate_movement(self.kind, self.scores, self.temperature, uniform).sum(dtype=torch.float64))
+        self.movement.zero_()
+        for part in self._blocks():
+            scores, uniform = self.scores[part], None
+            if self.kind.is_random:
+                uniform = philox.uniform(len(scores), self._draw_from(part.start)).to(scores.dtype)
+            self.movement += gate_movement(self.kind, scores, self.temperature, uniform).sum(dtype=torch.float64)
 
     def set_temperature(self, temperature: float) -> None:
         """Set T and recompute the gated weights."""
@@ -91,7 +107,8 @@ class FlatGates:
     def pruned(self, shift: float = 0.0) -> Iterator[None]:
         """Within it the gated weights are those of the pruned network: ``w`` where ``m + shift >= 0``, else 0."""
         with torch.no_grad():
-            self.gated.copy_(torch.where(self.scores + shift >= 0, self.weight, 0))
+            for part in self._blocks():
+                self.gated[part] = torch.where(self.scores[part] + shift >= 0, self.weight[part], 0)
         try:
             yield
         finally:
