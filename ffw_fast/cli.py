@@ -40,7 +40,7 @@ DEFAULT = "(default: %(default)s)"
 ERRORS = (ValueError, TypeError, OSError, ImportError, FloatingPointError)
 COMPACT = "compact.safetensors"
 EXTRACTION_OPTIONS = (
-    "gamma", "alpha", "gate", "granularity", "schedule", "anneal_rate", "max_epochs", "batch_size", "precision"
+    "gamma", "alpha", "gate", "granularity", "schedule", "anneal_rate", "max_epochs", "batch_size", "precision", "where"
 )  # fmt: skip
 
 SINGLE = ("out", "data_dir", "device", "processes", "threads", "retries", "address")  # take one value in a sweep
@@ -203,7 +203,7 @@ def _add_compare(commands: Commands) -> None:
         for flag, kind, values, known, text in (
             ("--seeds", int, [1, 2, 3], None, "each one row of every method"),
             ("--gammas", float, [1, 10], None, "weights of the mutual information in FFW"),
-            ("--schedules", str, list(SCHEDULES), SCHEDULES, "how the temperature falls in FFW"),
+            ("--schedules", str, ["published", "adaptive"], SCHEDULES, "how the temperature falls in FFW"),
             ("--granularities", str, None, GRANULARITIES, "several instead of --granularity"),
         ):
             shown = f" (default: {' '.join(map(str, values))})" if values else ""
@@ -287,6 +287,7 @@ def _add_common_options(parser: argparse.ArgumentParser, out: str, batch_size: i
     add("--alpha", float, 1.0, "W", "weight of the cross-entropy in the objective")
     choose("--gate", choices=GATES, default="ffw", help=f"kind of gate {DEFAULT}")
     choose("--granularity", choices=GRANULARITIES, default="weight", help=f"what a gate belongs to {DEFAULT}")
+    choose("--where", metavar="PATTERNS", help="with channel gates: of which layers, such as 'layer1.*, layer2.*'")
     add("--anneal-rate", float, 1e-4, "RATE", "how far the adaptive schedule moves the mean gate in a step at most")
     add("--batch-size", int, batch_size, "N", "samples a step, of gates and heads, and of the validation MI")
     choose("--precision", choices=PRECISIONS, default="fp32", help=f"of the network's passes {DEFAULT}")

@@ -2,22 +2,24 @@
 
 import os
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ffw_fast import bise
 from ffw_fast.data.datasets import reading_note
 from ffw_fast.data.samples import Inputs, Samples
-from ffw_fast.extraction import Extraction
+from ffw_fast.extraction import Extraction, masks_of, weight_sparsity
 from ffw_fast.files import digest
 from ffw_fast.gated_network import GatedNetwork
 from ffw_fast.heads import PrivateHeads
 from ffw_fast.inputs import prepare
 from ffw_fast.measure import Measurement, accuracy, measure, minibatch_information
 from ffw_fast.objective import objective
-from ffw_fast.optim import LR, GatedAdam
+from ffw_fast.optim import LR, GatedAdam, GatedOptimizer, GatedSGD
 from ffw_fast.progress import Progress, make_progress
 from ffw_fast.run_state import RunState
 from ffw_fast.schedule import Schedule, judging_shift, make_schedule, restore_schedule
@@ -39,16 +41,19 @@ def extract(
     bottleneck: str,
     num_bias_classes: int,
     method: str = "ffw",
-    gamma: float = 10.0,
+    gamma: float | None = None,
     alpha: float = 1.0,
-    gate: str = "ffw",
-    granularity: str = "weight",
-    schedule: str = "published",
+    gate: str | None = None,
+    granularity: str | None = None,
+    schedule: str | None = None,
     anneal_rate: float = 1e-4,
     max_epochs: int = 200,
     batch_size: int = 100,
     seed: int = 0,
     precision: str = "fp32",
+    where: str | None = None,
+    correlations: Sequence[float] | None = None,
+    aligned: Sequence[int] | None = None,
     device: torch.device | str | None = None,
     run_dir: str | os.PathLike[str] | None = None,
     resume: bool = False,
@@ -59,26 +64,43 @@ def extract(
     Minimises ``alpha CE + gamma mean_i MI_i`` by Adam on the gate scores, with private heads that read the biases off
     the bottleneck and are refitted once an epoch, while the temperature T of the gates falls.
 
+    With ``method="bise"`` the training set is the biased one, and no unbiased set is needed: see ``ffw_fast.bise`` for
+    the objective. What is None below takes the method's own default, FFW's before BISE's:
+
+    =========== ============ =============
+    gamma       10           1
+    gate        "ffw"        "hard"
+    granularity "weight"     "channel"
+    schedule    "published"  "halving"
+    =========== ============ =============
+
     Args:
         model: a trained classifier, (n, ...) -> logits (n, classes). It is copied, frozen and run in eval mode; the
             model itself stays as it is.
-        train, val: unbiased sets: tensors ``(x, y, b)`` with x float (n, ...), y (n,) and b (n,) or (n, biases), or a
-            Dataset or DataLoader that yields ``(x, (y, b...))``, ``(x, y, b)`` or ``(index, x, y, attributes)``. What
-            fits into memory and stays the same is read once and kept; else it is read in every pass, and where it
-            augments at random the heads are refitted without cached features.
+        train, val: unbiased sets; for BISE ``train`` is the biased one and ``val`` may be None. Tensors ``(x, y, b)``
+            with x float (n, ...), y (n,) and b (n,) or (n, biases), or a Dataset or DataLoader that yields
+            ``(x, (y, b...))``, ``(x, y, b)`` or ``(index, x, y, attributes)``. What fits into memory and stays the same
+            is read once and kept; else it is read in every pass, and where it augments at random the heads are
+            refitted without cached features.
         bottleneck: name of the module whose output is the features that must not tell the bias.
         num_bias_classes: K, the number of classes of each bias.
-        method: "ffw".
+        method: "ffw" or "bise".
         gamma, alpha: weights of the mutual information and of the cross-entropy.
         gate: "ffw", "hard", "bernoulli" or "concrete".
-        granularity: "weight", one gate per weight.
+        granularity: "weight", one gate per weight; or "channel", one gate per output channel or neuron, behind every
+            non-linearity that a layer's output reaches (``ffw_fast.channels``), so that what is pruned is structured.
         schedule: "published", T falls tenfold where the validation MI is on a plateau, from 1 to below 1e-8; or
-            "adaptive", T falls in every step by what the gates feel of it.
+            "adaptive", T falls in every step by what the gates feel of it; or "halving", T halves every 10 epochs.
         anneal_rate: of the adaptive schedule: how far the mean gate may move in one step through T's fall.
         max_epochs: the run ends there even where the schedule has not.
         batch_size: of the gates, of the heads and of the validation MI.
         seed: of the heads' start, the order of samples and random gates. The global generators are not touched.
         precision: "fp32", or "bf16" for autocast (other results, much faster on CPUs and GPUs that have it).
+        where: with channel gates, shell-style patterns of layer names, separated by commas ("layer1.*, layer2.*"): only
+            the channels of these are gated.
+        correlations: of BISE: for each bias the probability that it goes with the target in ``train``, strictly between
+            0 and 1. Default: importance weights are counted from the labels.
+        aligned: of BISE: the bias label that goes with each target. Default: the target's own number.
         device: where to run; default: where the model is.
         run_dir: a folder for checkpoints.
         resume: continue from the run folder's newest checkpoint.
@@ -86,13 +108,15 @@ def extract(
 
     Returns:
         The scores, the best scores (lowest mean validation bias accuracy of the pruned network, judged at each fall of
-        T and at the end), the history of epochs and the metrics on ``val``.
+        T and at the end; for BISE the highest task accuracy on ``val``, judged every epoch, or without ``val`` the last
+        ones), the history of epochs and the metrics on ``val`` (or ``train``). BISE's metrics say by ``selection`` and
+        ``measured_on`` which it was.
 
     Raises:
         ValueError, TypeError: bad input; what was given and expected, before any training.
         FloatingPointError: a loss that is no longer finite.
     """
-    settings = Settings(
+    settings = Settings.of(
         bottleneck=bottleneck,
         num_bias_classes=num_bias_classes,
         method=method,
@@ -106,16 +130,21 @@ def extract(
         batch_size=batch_size,
         seed=seed,
         precision=precision,
+        where=where,
+        correlations=correlations,
+        aligned=aligned,
     )
     if resume and run_dir is None:
         raise ValueError("resume needs run_dir, the folder that holds the checkpoint")
     given = {"train": train, "val": val}
     train, val, width = prepare(model, train, val, settings)
-    where = torch.device(device) if device is not None else next(model.parameters()).device
-    loop = Loop(settings, model, train.to(where), val.to(where), width, where)
+    target = torch.device(device) if device is not None else next(model.parameters()).device
+    parts = settings, model, train.to(target), val.to(target), width, target
+    loop = Loop(*parts) if method == "ffw" else BiseLoop(*parts, selects=given["val"] is not None)
     with make_progress(progress) as shown:
         for name, samples in (("train", train), ("val", val)):
-            shown.note(reading_note(given[name], samples, name))
+            if given[name] is not None:
+                shown.note(reading_note(given[name], samples, name))
         identity = {
             **settings.as_dict(),
             "weights": digest(*loop.network.module.state_dict().values()),
@@ -137,11 +166,19 @@ class Loop:
         self.autocast = torch.autocast(
             device.type, PRECISIONS[settings.precision], enabled=settings.precision != "fp32", cache_enabled=False
         )
-        self.network = GatedNetwork(model, settings.bottleneck, settings.kind, settings.seed, train.x[:EXAMPLES])
+        self.dense_model = model
+        self.network = GatedNetwork(
+            model,
+            settings.bottleneck,
+            settings.kind,
+            settings.seed,
+            train.x[:EXAMPLES],
+            settings.granularity,
+            settings.where,
+        )
         self.gates = self.network.gates
         self.schedule: Schedule = make_schedule(settings.schedule, settings.anneal_rate, LR)
-        annealing = settings.anneal_rate if self.schedule.anneals else None
-        self.optimizer = GatedAdam(self.gates, anneal_rate=annealing)
+        self.optimizer = self._make_optimizer()
         self.optimizer.start()  # so that a checkpoint has the same tensors from the beginning
         self.heads = PrivateHeads.create(
             train.b.shape[1],
@@ -160,9 +197,13 @@ class Loop:
         self.totals = torch.zeros(3, dtype=torch.float64, device=train.y.device)  # of (J, CE, MI) over an epoch
         self.step_graph = StepGraph(self._counted_step, settings.batch_size, train.y.device)
 
+    def _make_optimizer(self) -> GatedOptimizer:
+        return GatedAdam(self.gates, anneal_rate=self.settings.anneal_rate if self.schedule.anneals else None)
+
     def run(self, state: RunState, progress: Progress) -> None:
         """All epochs, from the start or from the checkpoint that the state holds."""
         progress.stage("extraction", self.settings.max_epochs)
+        self._take_out_frozen_part()
         if not state.restore(self):
             self._start()
         while len(self.history) < self.settings.max_epochs and not self._has_ended():
@@ -170,6 +211,12 @@ class Loop:
             state.save(self)
             progress.epoch(self.history[-1])
         self._finish()
+
+    def _take_out_frozen_part(self) -> None:
+        """Run what lies before the first channel gate once for all."""
+        with self.autocast:
+            train, val = self.network.take_out_frozen_part(self.train.x, self.val.x)
+        self.train, self.val = self.train._replace(x=train), self.val._replace(x=val)
 
     def _has_ended(self) -> bool:
         return self.schedule.has_ended(self.gates.temperature.item())
@@ -179,7 +226,7 @@ class Loop:
         started = time.perf_counter()
         self._refit(self.heads)
         self.vanilla_heads = self.heads.with_fresh_optimizer()
-        self.metrics["vanilla"] = self._measure(self.heads, sparsity=0.0).as_dict()
+        self.metrics["vanilla"] = {**self._measure(self.heads, sparsity=0.0).as_dict(), "weight_sparsity": 0.0}
         self.seconds += time.perf_counter() - started
 
     def _epoch(self) -> None:
@@ -214,13 +261,15 @@ class Loop:
         with self.autocast:
             features, logits = self.network(x)
         features = features.float()
-        losses = objective(
-            logits.float(), y, self.heads.logits(features), b, self.settings.alpha, self.settings.gamma
-        )
+        losses = self._losses(logits.float(), y, self.heads.logits(features), b)
         losses[0].backward()
         self.heads.step(features, b)
         self.optimizer.step()
         return torch.stack([loss.detach() for loss in losses])
+
+    def _losses(self, logits: Tensor, y: Tensor, head_logits: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(J, CE, MI) of one minibatch."""
+        return objective(logits, y, head_logits, b, self.settings.alpha, self.settings.gamma)
 
     def _refit(self, heads: PrivateHeads) -> int:
         """Fit heads to a plateau on the features of the network as it is now. Epochs it took."""
@@ -268,11 +317,15 @@ class Loop:
         with self.gates.pruned(shift):
             self._refit(heads)
             judged = self._measure(heads, self.gates.sparsity(shift))
+        removed = judged.sparsity
+        if self.settings.granularity == "channel":
+            masks = masks_of(self.gates.views(self.gates.scores + shift))
+            removed = weight_sparsity(self.dense_model, self.settings, masks)
+        self.metrics["pruned"] = {**judged.as_dict(), "weight_sparsity": removed}
         if self.best is None or judged.mean_bias_accuracy < self.best.mean_bias_accuracy:
             own = self.best_scores if self.best is not None else None
             self.best, self.best_scores = judged, torch.add(self.gates.scores, shift, out=own)
-        self.metrics["pruned"] = judged.as_dict()
-        self.metrics["best"] = self.best.as_dict()
+            self.metrics["best"] = self.metrics["pruned"]
         return judged
 
     def _finish(self) -> None:
@@ -339,3 +392,78 @@ class Loop:
 
     def _layers(self, scores: Tensor) -> dict[str, Tensor]:
         return {name: view.clone() for name, view in self.gates.views(scores).items()}
+
+
+class BiseLoop(Loop):
+    """An extraction by BISE: SGD on the biased set's own objective, heads fitted when T falls, on the pruned network.
+
+    Args:
+        selects: whether ``val`` is an unbiased set, by which the best scores are chosen; else it is the training set.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        model: nn.Module,
+        train: Samples,
+        val: Samples,
+        width: int,
+        device: torch.device,
+        *,
+        selects: bool,
+    ) -> None:
+        super().__init__(settings, model, train, val, width, device)
+        self.selects = selects
+        self.heads.epochs_a_fit = bise.HEAD_EPOCHS
+        _features, logits = self.network.outputs(train.x[:1])
+        self.objective = bise.BiasedObjective.from_settings(settings, train, logits.shape[1])
+
+    def _make_optimizer(self) -> GatedOptimizer:
+        return GatedSGD(self.gates, bise.SCORES_LR, bise.MOMENTUM, bise.WEIGHT_DECAY)
+
+    def _losses(self, logits: Tensor, y: Tensor, head_logits: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return self.objective(logits, y, head_logits, b)
+
+    def _epoch(self) -> None:
+        started = time.perf_counter()
+        temperature = self.gates.temperature.item()
+        row = {"epoch": len(self.history) + 1, "temperature": temperature, **self._train_gates()}
+        lower, falls = self.schedule.after_epoch(temperature, 0.0)
+        if falls:
+            self.gates.set_temperature(lower)
+            with self.gates.pruned():
+                row["head_epochs"] = self._refit(self.heads)
+        if self.selects:
+            row |= self._select()
+        elapsed = time.perf_counter() - started
+        self.seconds += elapsed
+        self.history.append({**row, "seconds": elapsed})
+
+    def _judged(self) -> Measurement:
+        """The pruned network by the heads as they are."""
+        with self.gates.pruned():
+            return self._measure(self.heads, self.gates.sparsity())
+
+    def _select(self) -> dict[str, Any]:
+        """Keep the scores of the pruned network with the highest task accuracy, the earliest of equals."""
+        judged = self._judged()
+        if self.best is None or judged.task_accuracy > self.best.task_accuracy:
+            self.best, self.best_scores = judged, self.gates.scores.clone()
+        return {
+            "val_mi": sum(judged.bias_mi) / len(judged.bias_mi),
+            "val_task_accuracy": judged.task_accuracy,
+            "val_bias_accuracy": judged.bias_accuracy,
+        }
+
+    def _finish(self) -> None:
+        started = time.perf_counter()
+        last = self._judged()
+        if not self.selects:
+            self.best, self.best_scores = last, self.gates.scores.clone()
+        assert self.best is not None
+        for name, judged, scores in (("pruned", last, self.gates.scores), ("best", self.best, self.best_scores)):
+            removed = weight_sparsity(self.dense_model, self.settings, masks_of(self.gates.views(scores)))
+            self.metrics[name] = {**judged.as_dict(), "weight_sparsity": removed}
+        self.metrics["selection"] = bise.selection(self.selects)
+        self.metrics["measured_on"] = "val" if self.selects else "train"
+        self.seconds += time.perf_counter() - started

@@ -11,10 +11,11 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from ffw_fast.channels import ChannelGraph
 from ffw_fast.compact import compact as compacted
 from ffw_fast.files import ShapesCheck, read_json, read_tensors, read_text, write_json, write_tensors, written_whole
 from ffw_fast.finetune import finetune
-from ffw_fast.modules import DenseLayer, maskable_layers
+from ffw_fast.modules import maskable_layers
 from ffw_fast.seeding import seeded_generator
 from ffw_fast.settings import Settings
 
@@ -33,13 +34,15 @@ class Extraction:
     Attributes:
         dense_model: the biased network, unchanged.
         settings: what the extraction was asked for.
-        scores: layer name -> scores at the end, shaped as the layer's weight. A weight is kept where they are >= 0.
+        scores: layer name -> scores at the end, shaped as the layer's weight, or (channels,) where channels are gated.
+            A weight or channel is kept where they are >= 0.
         best_scores: likewise, of the pruned network with the lowest mean validation bias accuracy.
         history: one dict an epoch: ``epoch``, ``temperature``, ``loss``, ``cross_entropy``, ``train_mi``,
             ``head_epochs``, ``val_mi``, ``val_task_accuracy``, ``val_bias_accuracy`` (list), ``seconds``, and where the
             pruned network was judged ``pruned_task_accuracy`` and ``pruned_bias_accuracy`` (list).
         metrics: ``vanilla``, ``pruned`` and ``best`` on the validation set, each with ``task_accuracy``,
-            ``bias_accuracy`` (list), ``bias_mi`` (list) and ``sparsity``; ``epochs`` and ``seconds``.
+            ``bias_accuracy`` (list), ``bias_mi`` (list), ``sparsity`` (share of the gates that are closed) and
+            ``weight_sparsity`` (share of the Conv and Linear weights that are gone); ``epochs`` and ``seconds``.
         input_shape: of one sample; empty where it is unknown.
     """
 
@@ -53,21 +56,29 @@ class Extraction:
 
     @property
     def masks(self) -> dict[str, Tensor]:
-        """Layer name -> boolean mask of the weights that the final scores keep."""
+        """Layer name -> boolean mask of the weights or channels that the final scores keep."""
         return masks_of(self.scores)
 
     @property
     def best_masks(self) -> dict[str, Tensor]:
-        """Layer name -> boolean mask of the weights that the best scores keep."""
+        """Layer name -> boolean mask of the weights or channels that the best scores keep."""
         return masks_of(self.best_scores)
 
     def model(self, best: bool = False, compact: bool = False) -> nn.Module:
         """The pruned network: a copy of the biased one, in eval mode, with zeros where the (best) scores are < 0.
 
+        A pruned channel is zeros in the layer and its batch norm. Where these do not suffice, because a shortcut enters
+        the sum or the non-linearity does not map 0 to 0, a ``ffw_fast.channels.ChannelMask`` follows the non-linearity.
+
         With ``compact``, channels that zeros have made useless are cut out: it is smaller and computes the same; see
         ``ffw_fast.compact`` for what stays and what is raised.
         """
-        pruned = apply_masks(copy.deepcopy(self.dense_model), self.best_masks if best else self.masks).eval()
+        masks = self.best_masks if best else self.masks
+        model = copy.deepcopy(self.dense_model)
+        if self.settings.granularity == "channel":
+            pruned = ChannelGraph(model, self.settings.where).prune(masks).eval()
+        else:
+            pruned = apply_masks(model, masks).eval()
         return compacted(pruned, self.example()) if compact else pruned
 
     def example(self, count: int = 2) -> Tensor:
@@ -87,6 +98,8 @@ class Extraction:
     def finetune(self, train: Any, val: Any, epochs: int = 10, *, gamma: float = 0.0, best: bool = False) -> nn.Module:
         """The pruned network with its surviving weights trained further; see ``ffw_fast.finetune.finetune``."""
         masks = self.best_masks if best else self.masks
+        if self.settings.granularity == "channel":  # all layers are trained, the rows of pruned channels excepted
+            masks = ChannelGraph(self.dense_model, self.settings.where).kept_rows(masks)
         return finetune(self.model(best), masks, train, val, self.settings, epochs=epochs, gamma=gamma)
 
     def save(self, directory: str | os.PathLike[str]) -> None:
@@ -109,18 +122,34 @@ class Extraction:
             ValueError: a file is damaged, or scores do not fit the model.
         """
         folder = Path(directory)
-        layers = maskable_layers(model)
-        scores, best_scores = (load_scores(folder / name, layers) for name in (SCORES, BEST_SCORES))
         config = read_json(folder / CONFIG)
         try:
             settings = Settings(**(config.get("settings") or {}))
         except (TypeError, ValueError) as error:
             raise ValueError(f"{folder / CONFIG} does not hold the settings of an extraction: {error}") from error
+        gated = gated_tensors(model, settings)
+        scores, best_scores = (load_scores(folder / name, gated) for name in (SCORES, BEST_SCORES))
         shape = config.get("input_shape", [])
         if not isinstance(shape, list) or not all(isinstance(size, int) and size > 0 for size in shape):
             raise ValueError(f"{folder / CONFIG}: input_shape must be a list of positive integers, got {shape!r}")
         history, metrics = read_history(folder / HISTORY), read_json(folder / METRICS)
         return cls(model, settings, scores, best_scores, history, metrics, tuple(shape))
+
+
+def gated_tensors(model: nn.Module, settings: Settings) -> dict[str, Tensor]:
+    """Layer name -> what its gates multiply: the frozen weight, or ones (channels,) where channels are gated."""
+    weights = {name: layer.weight.detach() for name, layer in maskable_layers(model).items()}
+    if settings.granularity == "weight":
+        return weights
+    shapes = ChannelGraph(model, settings.where).shapes
+    return {name: weights[name].new_ones(shape) for name, shape in shapes.items()}
+
+
+def weight_sparsity(model: nn.Module, settings: Settings, masks: dict[str, Tensor]) -> float:
+    """Share of the Conv and Linear weights that pruning removes; that of a pruned channel's readers included."""
+    if settings.granularity == "weight":
+        return sparsity(masks)
+    return ChannelGraph(model, settings.where).weight_sparsity(masks)
 
 
 def masks_of(scores: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -166,7 +195,7 @@ def load_masks(path: str | os.PathLike[str]) -> dict[str, Tensor]:
 
 
 def sparsity(masks: dict[str, Tensor]) -> float:
-    """Share of the masked weights that are pruned."""
+    """Share of the gates, of weights or channels, that are closed."""
     return sum(int((~mask).sum()) for mask in masks.values()) / sum(mask.numel() for mask in masks.values())
 
 
@@ -175,8 +204,8 @@ def save_scores(path: Path, scores: dict[str, Tensor]) -> None:
     write_tensors(path, scores)
 
 
-def load_scores(path: Path, layers: dict[str, DenseLayer]) -> dict[str, Tensor]:
-    """Read scores by layer name and check them against the layers' weights.
+def load_scores(path: Path, gated: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Read scores by layer name and check them against what the gates multiply.
 
     Raises:
         FileNotFoundError: the file is missing.
@@ -184,14 +213,14 @@ def load_scores(path: Path, layers: dict[str, DenseLayer]) -> dict[str, Tensor]:
     """
 
     def check(shapes: dict[str, tuple[int, ...]]) -> None:
-        if unknown := sorted(shapes.keys() ^ layers.keys()):
+        if unknown := sorted(shapes.keys() ^ gated.keys()):
             raise ValueError(f"{path} and the model differ in their layers: {', '.join(unknown)}")
         for name, shape in shapes.items():
-            if shape != (expected := tuple(layers[name].weight.shape)):
+            if shape != (expected := tuple(gated[name].shape)):
                 raise ValueError(f"{path}: the scores of {name!r} have shape {shape}, expected {expected}")
 
     scores = _read_scores(path, check)
-    return {name: score.to(layers[name].weight.device) for name, score in scores.items()}
+    return {name: score.to(gated[name].device) for name, score in scores.items()}
 
 
 def _read_scores(path: Path, check: ShapesCheck | None = None) -> dict[str, Tensor]:

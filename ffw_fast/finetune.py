@@ -1,12 +1,14 @@
 """Fine-tuning of what survives: masks fixed, the surviving weights and the biases of the masked layers trained."""
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from ffw_fast.bise import BiasedObjective
 from ffw_fast.data.samples import Inputs, Samples
 from ffw_fast.gated_network import EVALUATION_BATCH, bottleneck_module
 from ffw_fast.heads import PrivateHeads
@@ -38,19 +40,22 @@ def finetune(
 
     Args:
         model: the pruned network; it is copied.
-        masks: layer name -> boolean mask; what is false stays 0.
+        masks: layer name -> boolean mask of the weight, or of its rows and the bias, (out_channels,); what is false
+            stays 0.
         train, val: as for ``ffw_fast.extract``.
-        settings: of the extraction, for the bottleneck, alpha, batch size and seed.
+        settings: of the extraction, for the bottleneck, alpha, batch size and seed; those of BISE reweight the
+            cross-entropy of its biased training set (``ffw_fast.bise``).
 
     Returns:
         The network of the epoch with the highest validation task accuracy (the earliest of equals), in eval mode; the
-        pruned network itself if no epoch is better.
+        pruned network itself if no epoch is better. Without ``val``, which BISE does not need, that of the last epoch.
 
     Raises:
         ValueError, TypeError: bad data or settings, or data that does not fit the model.
     """
     if epochs < 1 or gamma < 0 or lr <= 0:
         raise ValueError(f"expected epochs >= 1, gamma >= 0 and lr > 0, got {epochs}, {gamma} and {lr}")
+    val_is_given = val is not None
     train, val, width = prepare(model, train, val, settings)
     network = copy.deepcopy(model).eval().requires_grad_(False)
     device = next(network.parameters()).device
@@ -66,6 +71,10 @@ def finetune(
     )
     reader = _Reader(network, settings.bottleneck)
     best, best_accuracy = copy.deepcopy(network.state_dict()), reader.accuracy(val)
+    biased = None
+    if settings.method == "bise":
+        _features, logits = reader(train.x[:1])
+        biased = BiasedObjective.from_settings(settings, train, logits.shape[1])
     for epoch in range(epochs):
         if gamma > 0:
             heads.fit_on(train, reader.features)
@@ -73,7 +82,11 @@ def finetune(
         for x, y, b in train.batches(rows, settings.batch_size):
             optimizer.zero_grad()
             features, logits = reader(x)
-            if gamma > 0:
+            if gamma > 0 and biased is not None:
+                loss, _, _ = replace(biased, gamma=gamma)(logits, y, heads.logits(features), b)
+            elif biased is not None:
+                loss = settings.alpha * biased.cross_entropy(logits, y, b)
+            elif gamma > 0:
                 loss, _, _ = objective(logits, y, heads.logits(features), b, settings.alpha, gamma)
             else:
                 loss = settings.alpha * cross_entropy(logits, y)
@@ -82,7 +95,7 @@ def finetune(
             if gamma > 0:  # after the backward pass, which reads the heads as they were
                 heads.step(features, b)
         reached = reader.accuracy(val)
-        if reached > best_accuracy:
+        if reached > best_accuracy or not val_is_given:
             best, best_accuracy = copy.deepcopy(network.state_dict()), reached
     network.load_state_dict(best)
     reader.close()
@@ -98,6 +111,10 @@ def _open(network: nn.Module, masks: dict[str, Tensor]) -> list[nn.Parameter]:
             parameter.requires_grad_(True)
             opened.append(parameter)
         kept = mask.to(layer.weight.device)
+        if kept.dim() == 1:
+            if layer.bias is not None:
+                layer.bias.register_hook(lambda grad, kept=kept: grad * kept)
+            kept = kept.view(-1, *[1] * (layer.weight.dim() - 1))
         layer.weight.register_hook(lambda grad, kept=kept: grad * kept)
     return opened
 

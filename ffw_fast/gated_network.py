@@ -13,11 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from ffw_fast import ops, philox
+from ffw_fast.channels import ChannelGraph, replace_module
 from ffw_fast.convolutions import use_cheapest_convolutions
 from ffw_fast.data.samples import Inputs
 from ffw_fast.gates import GateKind, gate_movement
 from ffw_fast.modules import flat_offsets, maskable_layers
-from ffw_fast.simplify import simplified
+from ffw_fast.simplify import simplified, split_before
 
 EVALUATION_BATCH = 500  # samples a forward pass without gradients
 BLOCK = 2**18  # gates that a pass over the flat buffers takes at a time, where it needs memory for as many
@@ -115,6 +116,20 @@ class FlatGates:
             self.refresh()
 
 
+class ScaledActivation(nn.Module):
+    """A non-linearity and the factors, ``weight`` of shape (channels, 1, ...), that its output is multiplied by."""
+
+    weight: Tensor
+
+    def __init__(self, activation: nn.Module) -> None:
+        super().__init__()
+        self.activation = activation
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.activation(x)
+        return y * self.weight.to(y.dtype)
+
+
 class _PastBottleneck(Exception):
     """Ends a forward pass whose remainder nobody reads."""
 
@@ -128,21 +143,66 @@ class GatedNetwork:
         kind: gate kind.
         seed: of random gates.
         example: a few samples, on which simplifications of the network are checked.
+        granularity: "weight", or "channel": then what is gated are factors of 1 behind the non-linearities.
+        where: which channel gates, see ``ffw_fast.channels``.
     """
 
-    def __init__(self, model: nn.Module, bottleneck: str, kind: GateKind, seed: int, example: Tensor) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        bottleneck: str,
+        kind: GateKind,
+        seed: int,
+        example: Tensor,
+        granularity: str = "weight",
+        where: str | None = None,
+    ) -> None:
         frozen = copy.deepcopy(model).to(example.device).eval().requires_grad_(False)
+        channels = ChannelGraph(frozen, where) if granularity == "channel" else None
+        sites: dict[str, str] = {}
+        if channels is not None:
+            channels.check_bottleneck(bottleneck)
+            frozen, sites = channels.explicit()
         self.module = simplified(frozen, bottleneck, lambda network: outputs_of(network, bottleneck, example))
         layers = maskable_layers(self.module)
-        self.gates = FlatGates({name: layer.weight.detach() for name, layer in layers.items()}, kind, seed)
+        weights = {name: layer.weight.detach() for name, layer in layers.items()}
+        if channels is not None:
+            weights = {name: weights[name].new_ones(place.channels) for name, place in channels.places.items()}
+        self.gates = FlatGates(weights, kind, seed)
         gradients = self.gates.views(self.gates.grad)
         for name, gated in self.gates.views(self.gates.gated.detach()).items():
-            layers[name].weight = nn.Parameter(gated)
-            layers[name].weight.grad = gradients[name]
+            holder: nn.Module = layers[name]
+            shape = gated.shape
+            if channels is not None:
+                shape = torch.Size(channels.places[name].shape)
+                holder = ScaledActivation(self.module.get_submodule(sites[name]))
+                replace_module(self.module, sites[name], holder)
+            holder.weight = nn.Parameter(gated.view(shape))
+            holder.weight.grad = gradients[name].view(shape)
         use_cheapest_convolutions(self.module, example)
+        self._bottleneck = bottleneck
         self._features: Tensor | None = None
         self._stop = False
         bottleneck_module(self.module, bottleneck).register_forward_hook(self._keep_features)
+
+    @torch.no_grad()
+    def take_out_frozen_part(self, *inputs: Inputs) -> tuple[Inputs, ...]:
+        """What the layers before the first gate give of inputs (n, ...); from then on the network begins behind them.
+
+        Nothing is done, and the inputs come back as they are, where weights are gated, where inputs are not tensors in
+        memory, or where that output is larger than the input or not all that the rest reads.
+        """
+        parts = None
+        gates = [module for module in self.module.modules() if isinstance(module, ScaledActivation)]
+        if gates and all(isinstance(x, Tensor) for x in inputs):
+            parts = split_before(self.module, ScaledActivation, self._bottleneck)
+        if parts is None or parts[0](inputs[0][:1].clone()).numel() > inputs[0][:1].shape.numel():
+            return inputs
+        head, self.module = parts
+        for gate in gates:
+            if isinstance(gate.activation, nn.ReLU):
+                gate.activation.inplace = False  # it would overwrite what is kept
+        return tuple(torch.cat([head(batch) for batch in x.split(EVALUATION_BATCH)]) for x in inputs)
 
     def _keep_features(self, _module: nn.Module, _inputs: tuple, output: Tensor) -> None:
         self._features = output.flatten(1)

@@ -40,6 +40,7 @@ class PrivateHeads:
         weight: (heads, K, D); ``weight_momentum`` likewise.
         bias: (heads, K); ``bias_momentum`` likewise.
         epochs: how many head epochs were run; it numbers the orders in which samples are visited.
+        epochs_a_fit: how many a fit takes, whatever the loss does; None: until it is on a plateau.
     """
 
     weight: Tensor
@@ -47,6 +48,7 @@ class PrivateHeads:
     seed: int
     batch_size: int
     epochs: int = 0
+    epochs_a_fit: int | None = None
     weight_momentum: Tensor = field(init=False)
     bias_momentum: Tensor = field(init=False)
 
@@ -81,7 +83,7 @@ class PrivateHeads:
         """Train on cached features (n, D) and labels (n, heads) until the loss is on a plateau; epochs it took."""
         plateau, start = self._no_plateau(), self.epochs
         while not self._is_done(plateau, start):
-            chunk = range(self.epochs, min(self.epochs + EPOCHS_A_CALL, start + MAX_EPOCHS))
+            chunk = range(self.epochs, min(self.epochs + EPOCHS_A_CALL, start + self._most_epochs))
             rows = [epoch_order(len(features), self.seed, HEAD_EPOCHS, epoch) for epoch in chunk]
             self._run_epochs(features, labels, torch.stack(rows), plateau)
         return self.epochs - start
@@ -102,7 +104,11 @@ class PrivateHeads:
         return self.epochs - start
 
     def _is_done(self, plateau: Tensor, start: int) -> bool:
-        return bool(plateau[2]) or self.epochs - start >= MAX_EPOCHS
+        return bool(plateau[2]) or self.epochs - start >= self._most_epochs
+
+    @property
+    def _most_epochs(self) -> int:
+        return MAX_EPOCHS if self.epochs_a_fit is None else self.epochs_a_fit
 
     def _run_epochs(self, features: Tensor, labels: Tensor, rows: Tensor, plateau: Tensor) -> None:
         """One epoch for each row of orders (epochs, n), as far as the plateau."""
@@ -131,5 +137,5 @@ class PrivateHeads:
             MOMENTUM,
             WEIGHT_DECAY,
             PLATEAU_THRESHOLD,
-            PLATEAU_PATIENCE,
+            PLATEAU_PATIENCE if self.epochs_a_fit is None else self.epochs_a_fit,
         )

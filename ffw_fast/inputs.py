@@ -23,13 +23,17 @@ LOOP_DTYPES = (torch.float32, torch.float64)  # of weights and scores; 16 bits a
 def prepare(model: nn.Module, train: Any, val: Any, settings: Settings) -> tuple[Samples, Samples, int]:
     """Training and validation set as checked samples, and the number of features at the bottleneck.
 
-    Inputs in a narrower floating-point format than the model's weights are widened to it.
+    Inputs in a narrower floating-point format than the model's weights are widened to it. For BISE ``val`` may be None:
+    the training set then stands in for it.
 
     Raises:
         TypeError, ValueError: bad data, or data, model and settings that do not fit each other.
     """
     train_set = as_samples(train, "train", settings.num_bias_classes)
-    val_set = as_samples(val, "val", settings.num_bias_classes)
+    if val is None and settings.method == "bise":  # it needs none
+        val_set = train_set
+    else:
+        val_set = as_samples(val, "val", settings.num_bias_classes)
     if train_set.b.shape[1] != val_set.b.shape[1]:
         raise ValueError(f"train has {train_set.b.shape[1]} biases and val has {val_set.b.shape[1]}")
     shapes = [tuple(samples.x.shape[1:]) for samples in (train_set, val_set)]

@@ -13,13 +13,14 @@ from torch.nn.utils import parametrize
 
 from ffw_fast import philox
 from ffw_fast.autograd import GatedConv2d, GatedLinear, GateWeight
+from ffw_fast.channels import ChannelGraph, ChannelMask, replace_module
 from ffw_fast.fusion import fuses_conv2d, fuses_linear
 from ffw_fast.gates import gate_kind
 
 FLAT_ALIGNMENT = 16  # elements; each layer's gates start at such a multiple in the network's flat list of gates
 GATED_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 FLOAT32 = torch.finfo(torch.float32)
-GRANULARITIES = ("weight",)
+GRANULARITIES = ("weight", "channel")
 DenseLayer = nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.Linear  # what can be masked
 LayerFilter = Callable[[str], bool] | Iterable[str] | str | None
 
@@ -192,6 +193,48 @@ class MaskedLinear(MaskedLayer, nn.Linear):
         return nn.functional.linear(x, self.gated_weight(), self.bias)
 
 
+class GatedActivation(MaskedLayer):
+    """A non-linearity whose output channels are gated, one score a channel: ``activation(x) * gate(scores)``.
+
+    Args:
+        activation: the non-linearity.
+        shape: (channels, 1, ...), which broadcasts against its output; the scores have shape (channels,).
+        gate: "ffw", "hard", "bernoulli" or "concrete".
+        dtype, device: of the scores.
+    """
+
+    def __init__(
+        self,
+        activation: nn.Module,
+        shape: tuple[int, ...],
+        gate: str = "ffw",
+        dtype: torch.dtype | None = None,
+        device: torch.device | None = None,
+    ) -> None:
+        super().__init__()
+        self.activation = activation
+        self.shape = shape
+        self.register_buffer("weight", torch.ones(shape[0], dtype=dtype, device=device), persistent=False)
+        self.add_gate(gate)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.activation(x)
+        return y * self.gated_weight().view(self.shape).to(y.dtype)
+
+    def to_dense(self) -> nn.Module:
+        """The non-linearity, with a fixed ``ChannelMask`` behind it where channels are pruned."""
+        if self.mask().all():
+            return self.activation
+        return nn.Sequential(self.activation, ChannelMask(self.mask().view(self.shape).to(self.weight.dtype)))
+
+    def reset_parameters(self) -> None:
+        """Scores 0, temperature 1, no mask drawn yet."""
+        with torch.no_grad():
+            self.scores.zero_()
+        self.temperature.fill_(1)
+        self.draw.zero_()
+
+
 MASKED_CLASSES: dict[type[nn.Module], type[MaskedLayer]] = {
     masked.dense_class: masked for masked in (MaskedConv1d, MaskedConv2d, MaskedConv3d, MaskedLinear)
 }
@@ -305,19 +348,25 @@ def mask_model(
     Args:
         model: any module; it is changed in place. ``ffw_fast.masked_layers(model)`` lists what was masked.
         gate: "ffw", "hard", "bernoulli" or "concrete".
-        granularity: "weight", one gate per weight.
+        granularity: "weight", one gate per weight; or "channel", one gate per output channel or neuron behind every
+            non-linearity that a layer's output reaches (``ffw_fast.channels``), in a ``GatedActivation`` that takes
+            the non-linearity's place. The layers themselves stay dense, frozen.
         include: which layers, by a predicate on names or shell-style patterns. Default: all, the classifier included.
         seed: of random gates, 0 to 2**63 - 1.
 
     Returns:
-        The model; a new masked layer where the model is itself a single dense layer.
+        The model; a new masked layer where the model is itself a single dense layer; with channel gates behind
+        functions or behind modules that run several times, a ``torch.fx.GraphModule`` of the model's parts.
 
     Raises:
-        TypeError, ValueError: unknown gate or granularity, nothing to mask, or a layer that cannot be masked.
+        TypeError, ValueError: unknown gate or granularity, nothing to mask, a layer that cannot be masked, or, for
+            channels, a model that ``torch.fx`` cannot trace or that is masked already.
     """
     gate_kind(gate)
     check_granularity(granularity)
     check_seed(seed)
+    if granularity == "channel":
+        return _gate_channels(model, gate, include, seed)
     layers = maskable_layers(model, include)
     scores = [layer.scores for layer in masked_layers(model).values()]
     offsets = flat_offsets(weight.numel() for weight in (*scores, *(layer.weight for layer in layers.values())))
@@ -336,6 +385,26 @@ def mask_model(
                 parent._modules[name] = replacements[child]
     _leave_fast_paths(model)
     return replacements.get(model, model)
+
+
+def _gate_channels(model: nn.Module, gate: str, include: LayerFilter, seed: int) -> nn.Module:
+    if isinstance(model, nn.Module) and (masked := masked_layers(model)):
+        raise ValueError(f"channels are gated in a dense model; masked already: {', '.join(map(repr, masked))}")
+    layers = maskable_layers(model)
+    graph = ChannelGraph(model)
+    if include is not None:
+        chosen = _chosen(list(graph.places), include)
+        graph.places = {name: place for name, place in graph.places.items() if name in chosen}
+    offsets = flat_offsets(place.channels for place in graph.places.values())
+    model.requires_grad_(False)
+    gated, sites = graph.explicit()
+    for (name, place), offset in zip(graph.places.items(), offsets, strict=False):
+        weight = layers[name].weight
+        activation = gated.get_submodule(sites[name])
+        masked_activation = GatedActivation(activation, place.shape, gate, weight.dtype, weight.device)
+        masked_activation.draw.copy_(philox.make_draw(seed, 0, offset))
+        replace_module(gated, sites[name], masked_activation)
+    return gated
 
 
 def _leave_fast_paths(model: nn.Module) -> None:

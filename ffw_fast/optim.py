@@ -1,4 +1,4 @@
-"""Adam on the scores, fused with the straight-through gradient before it and the new gated weight after it."""
+"""Adam on the scores, fused with the straight-through gradient before it and the gated weight after it; and SGD."""
 
 import math
 from collections.abc import Callable, Iterable
@@ -17,7 +17,97 @@ EPS = 1e-8
 WEIGHT_DECAY = 1e-4
 
 
-class GatedAdam(torch.optim.Optimizer):
+class GatedOptimizer(torch.optim.Optimizer):
+    """What the optimizers of scores share: their parameters are flat gated weights, whose gradients autograd fills.
+
+    Args:
+        gates: one or several ``FlatGates``, each a parameter group with settings of its own.
+        defaults: the settings of a group.
+    """
+
+    def __init__(self, gates: FlatGates | Iterable[FlatGates], defaults: dict[str, Any]) -> None:
+        groups = [gates] if isinstance(gates, FlatGates) else list(gates)
+        self._gates = {flat.gated: flat for flat in groups}
+        super().__init__([{"params": [flat.gated]} for flat in groups], defaults)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:  # type: ignore[override]
+        """One step. Nothing is read back from the device."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            (gated,) = group["params"]
+            if not self.state[gated]:
+                self.start()
+            self._step(self._gates[gated], group)
+        return loss
+
+    def zero_grad(self, set_to_none: bool = False) -> None:
+        """Zero the flat gradients. They are never set to None: the layers' gradients are views of them."""
+        for gated in self._gates:
+            assert gated.grad is not None
+            gated.grad.zero_()
+
+    def _step(self, flat: FlatGates, group: dict) -> None:
+        raise NotImplementedError
+
+    def start(self) -> None:
+        """Create the state, zero, before the first step; a checkpoint is loaded into it."""
+        raise NotImplementedError
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Refused after the start: gates stand behind gated weights, and are given to the constructor."""
+        if any(gated not in self._gates for gated in param_group["params"]):
+            name = type(self).__name__
+            raise ValueError(f"{name} takes all its FlatGates in its constructor and no further parameters")
+        super().add_param_group(param_group)
+
+    def __deepcopy__(self, _memo: dict) -> Self:
+        raise TypeError(
+            f"{type(self).__name__} cannot be copied: build one on the copied FlatGates and load its state_dict"
+        )
+
+
+class GatedSGD(GatedOptimizer):
+    """``torch.optim.SGD`` with momentum on gate scores, behind the straight-through gradient.
+
+    Args:
+        gates: one or several ``FlatGates``, each a parameter group with settings of its own.
+        lr, momentum, weight_decay: as in ``torch.optim.SGD``; weight decay is added to the gradient.
+
+    Raises:
+        ValueError: a setting out of its range.
+    """
+
+    def __init__(
+        self, gates: FlatGates | Iterable[FlatGates], lr: float, momentum: float = 0.0, weight_decay: float = 0.0
+    ) -> None:
+        if not (0 < lr < math.inf and 0 <= momentum < 1 and 0 <= weight_decay < math.inf):
+            raise ValueError(
+                "expected lr > 0, momentum in [0, 1) and weight_decay >= 0, "
+                f"got lr={lr}, momentum={momentum}, weight_decay={weight_decay}"
+            )
+        super().__init__(gates, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+
+    def _step(self, flat: FlatGates, group: dict) -> None:
+        gradient = ops.gate_weight_backward(
+            flat.gated.grad, flat.weight, flat.scores, flat.temperature, flat.draw, int(flat.kind)
+        )
+        velocity = self.state[flat.gated]["velocity"]
+        velocity.mul_(group["momentum"]).add_(gradient).add_(flat.scores, alpha=group["weight_decay"])
+        flat.scores.sub_(velocity, alpha=group["lr"])
+        if flat.kind.is_random:
+            flat.draw[1] += 1
+        flat.refresh()
+
+    def start(self) -> None:
+        for flat in self._gates.values():
+            self.state[flat.gated] = {"velocity": torch.zeros_like(flat.scores)}
+
+
+class GatedAdam(GatedOptimizer):
     """``torch.optim.Adam`` on gate scores, one pass a step over flat buffers.
 
     The parameters are the flat gated weights, whose gradients autograd fills; what is trained are the scores behind
@@ -50,37 +140,15 @@ class GatedAdam(torch.optim.Optimizer):
                 f"expected lr > 0, betas in [0, 1), eps > 0 and weight_decay >= 0, "
                 f"got lr={lr}, betas={betas}, eps={eps}, weight_decay={weight_decay}"
             )
-        groups = [gates] if isinstance(gates, FlatGates) else list(gates)
-        self._gates = {flat.gated: flat for flat in groups}
+        if anneal_rate is not None and not 0 < anneal_rate < math.inf:
+            raise ValueError(f"anneal_rate must be positive and finite, got {anneal_rate}")
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "anneal_rate": anneal_rate}
-        super().__init__([{"params": [flat.gated]} for flat in groups], defaults)
+        super().__init__(gates, defaults)
         if anneal_rate is not None:
-            if not 0 < anneal_rate < math.inf:
-                raise ValueError(f"anneal_rate must be positive and finite, got {anneal_rate}")
-            for flat in groups:
+            for flat in self._gates.values():
                 flat.measure_movement()
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:  # type: ignore[override]
-        """One step. Nothing is read back from the device."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            (gated,) = group["params"]
-            self._step(self._gates[gated], group)
-        return loss
-
-    def zero_grad(self, set_to_none: bool = False) -> None:
-        """Zero the flat gradients. They are never set to None: the layers' gradients are views of them."""
-        for gated in self._gates:
-            assert gated.grad is not None
-            gated.grad.zero_()
-
     def _step(self, flat: FlatGates, group: dict) -> None:
-        if not self.state[flat.gated]:
-            self.start()
         state = self.state[flat.gated]
         annealing = group["anneal_rate"] is not None
         lr = torch.full((), group["lr"], dtype=torch.float32, device=flat.temperature.device)
@@ -118,17 +186,7 @@ class GatedAdam(torch.optim.Optimizer):
         flat.temperature.copy_(next_temperature)
         flat.draw.copy_(next_draw)
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Refused after the start: gates stand behind gated weights, and are given to the constructor."""
-        if any(gated not in self._gates for gated in param_group["params"]):
-            raise ValueError("GatedAdam takes all its FlatGates in its constructor and no further parameters")
-        super().add_param_group(param_group)
-
-    def __deepcopy__(self, _memo: dict) -> Self:
-        raise TypeError("GatedAdam cannot be copied: build one on the copied FlatGates and load its state_dict")
-
     def start(self) -> None:
-        """Create the moments, zero, before the first step; a checkpoint is loaded into them."""
         for flat in self._gates.values():
             self.state[flat.gated] = {
                 "step": torch.zeros((), dtype=torch.float32, device=flat.scores.device),

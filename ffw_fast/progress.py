@@ -162,11 +162,11 @@ class _BarsWithFigures(Bars):
 
 def describe_epoch(row: dict[str, Any]) -> str:
     """The figures of an epoch of the extraction that one wants to see pass by; the bias accuracy is the heads' mean."""
+    trained = f"T {row['temperature']:.1e}, loss {row['loss']:.3f}, MI "
+    if "val_mi" not in row:
+        return f"{trained}{row['train_mi']:.3f} in training"
     bias = sum(row["val_bias_accuracy"]) / len(row["val_bias_accuracy"])
-    return (
-        f"T {row['temperature']:.1e}, loss {row['loss']:.3f}, MI {row['val_mi']:.3f}, "
-        f"task {row['val_task_accuracy']:.3f}, bias {bias:.3f}"
-    )
+    return f"{trained}{row['val_mi']:.3f}, task {row['val_task_accuracy']:.3f}, bias {bias:.3f}"
 
 
 def describe_time(seconds: float) -> str:

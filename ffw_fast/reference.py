@@ -15,16 +15,17 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.functional import cross_entropy
 
+from ffw_fast import bise, optim, philox
 from ffw_fast import heads as private_heads
-from ffw_fast import optim, philox
+from ffw_fast.channels import ChannelGraph
 from ffw_fast.data.samples import Samples
 from ffw_fast.extract import GATE_EPOCHS
-from ffw_fast.extraction import Extraction, masks_of, sparsity
+from ffw_fast.extraction import Extraction, gated_tensors, masks_of, sparsity, weight_sparsity
 from ffw_fast.gated_network import bottleneck_module
 from ffw_fast.gates import GateKind, gate, gate_movement, gate_slope
 from ffw_fast.inputs import prepare
 from ffw_fast.measure import Measurement, measure
-from ffw_fast.modules import flat_offsets, maskable_layers
+from ffw_fast.modules import flat_offsets
 from ffw_fast.ops import joint_distribution, joint_information
 from ffw_fast.plateau import Plateau
 from ffw_fast.progress import Progress, make_progress
@@ -51,15 +52,17 @@ def extract(
     Args:
         run_dir: the result is saved there at the end. There are no checkpoints, so ``resume`` is refused.
         quirks: measure the MI that drives the temperature against the target label, as the published code does where
-            it pairs a head's output with ``labels[i]`` instead of ``labels[1 + i]``.
+            it pairs a head's output with ``labels[i]`` instead of ``labels[1 + i]``. BISE has no such code.
     """
     if resume:
         raise ValueError("the reference keeps no checkpoints and cannot resume; use ffw_fast.extract")
-    checked = Settings(**settings)
+    checked = Settings.of(**settings)
+    val_is_given = val is not None
     train, val, width = prepare(model, train, val, checked)
     RunState(run_dir, {}, resume=False)  # a folder that cannot be written is refused before any work
     where = torch.device(device) if device is not None else next(model.parameters()).device
-    run = Reference(checked, model, train.to(where), val.to(where), width, where, quirks)
+    parts = checked, model, train.to(where), val.to(where), width, where
+    run = Reference(*parts, quirks) if checked.method == "ffw" else BiseReference(*parts, selects=val_is_given)
     with make_progress(progress) as shown:
         extraction = run.run(shown)
     if run_dir is not None:
@@ -98,20 +101,32 @@ class Reference:
         self.settings, self.train, self.val, self.quirks = settings, train, val, quirks
         self.dense_model = model
         self.network = copy.deepcopy(model).to(device).eval().requires_grad_(False)
+        self.weights = gated_tensors(self.network, settings)
+        if settings.granularity == "channel":
+            self.gate_channels(ChannelGraph(self.network, settings.where))
         bottleneck_module(self.network, settings.bottleneck).register_forward_hook(self.keep_features)
-        self.weights = {name: layer.weight.detach() for name, layer in maskable_layers(self.network).items()}
         self.scores = {name: torch.zeros_like(weight, requires_grad=True) for name, weight in self.weights.items()}
         self.temperature = torch.ones((), device=device)
         self.draws = 0
         self.heads = self.make_heads(train.b.shape[1], width, device)
-        self.scores_optimizer = torch.optim.Adam(
-            list(self.scores.values()), optim.LR, optim.BETAS, optim.EPS, optim.WEIGHT_DECAY
-        )
+        self.scores_optimizer = self.make_scores_optimizer()
         self.heads_optimizer = make_heads_optimizer(self.heads)
         self.head_epochs = 0
         self.autocast = torch.autocast(
             device.type, PRECISIONS[settings.precision], enabled=settings.precision != "fp32"
         )
+
+    def gate_channels(self, channels: ChannelGraph) -> None:
+        """Let the non-linearities' outputs be multiplied by what ``self.gated`` holds of them."""
+        channels.check_bottleneck(self.settings.bottleneck)
+        self.network, sites = channels.explicit()
+        for name, place in channels.places.items():
+            self.network.get_submodule(sites[name]).register_forward_hook(
+                lambda _module, _inputs, output, name=name, place=place: output * self.gated[name].view(place.shape)
+            )
+
+    def make_scores_optimizer(self) -> torch.optim.Optimizer:
+        return torch.optim.Adam(list(self.scores.values()), optim.LR, optim.BETAS, optim.EPS, optim.WEIGHT_DECAY)
 
     def make_heads(self, count: int, width: int, device: torch.device) -> nn.ModuleList:
         classes = self.settings.num_bias_classes
@@ -130,7 +145,7 @@ class Reference:
         schedule = make_schedule(settings.schedule, settings.anneal_rate, optim.LR)
         self.fit_heads(self.heads, self.heads_optimizer)
         vanilla_heads, vanilla_epochs = copy.deepcopy(self.heads), self.head_epochs
-        metrics: dict[str, Any] = {"vanilla": self.measure(self.heads).as_dict()}
+        metrics: dict[str, Any] = {"vanilla": {**self.measure(self.heads).as_dict(), "weight_sparsity": 0.0}}
         best: Measurement | None = None
         best_scores = self.scores
         history: list[dict[str, Any]] = []
@@ -146,9 +161,11 @@ class Reference:
             self.fit_heads(heads, make_heads_optimizer(heads), masks)
             self.head_epochs = resumed_epochs
             judged = self.measure(heads, masks)
+            removed = weight_sparsity(self.dense_model, settings, masks)
+            metrics["pruned"] = {**judged.as_dict(), "weight_sparsity": removed}
             if best is None or judged.mean_bias_accuracy < best.mean_bias_accuracy:
                 best, best_scores = judged, scores
-            metrics.update(pruned=judged.as_dict(), best=best.as_dict())
+                metrics["best"] = metrics["pruned"]
             return judged
 
         progress.stage("reference extraction", settings.max_epochs)
@@ -197,20 +214,26 @@ class Reference:
 
     def forward(self, x: Tensor, masks: dict[str, Tensor] | None = None) -> tuple[Tensor, Tensor]:
         """Features (n, D) and logits (n, C) of the gated network, or of the pruned one where masks are given."""
-        kind, weights, uniforms = self.settings.kind, {}, self.uniforms()
+        kind, uniforms = self.settings.kind, self.uniforms()
+        self.gated: dict[str, Tensor] = {}
         for name, weight in self.weights.items():
             if masks is not None:
                 gates = masks[name].to(weight.dtype)
             else:
                 gates = StraightThroughGate.apply(self.scores[name], kind, self.temperature, uniforms[name])
-            weights[f"{name}.weight"] = weight * gates
+            self.gated[name] = weight * gates
+        in_layers = self.gated if self.settings.granularity == "weight" else {}
         with self.autocast:
-            logits = functional_call(self.network, weights, (x,))
+            logits = functional_call(self.network, {f"{name}.weight": v for name, v in in_layers.items()}, (x,))
         return self.features.float(), logits.float()
 
     def information(self, head_logits: Tensor, b: Tensor) -> Tensor:
         """Mean MI over the heads, differentiable: logits (n, heads, K), labels (n, heads)."""
         return joint_information(joint_distribution(head_logits, b)).mean()
+
+    def losses(self, logits: Tensor, y: Tensor, head_logits: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        """Task loss and mutual information of a minibatch."""
+        return cross_entropy(logits, y), self.information(head_logits, b)
 
     def train_epoch(self, epoch: int, anneals: bool) -> dict[str, float]:
         """A step of Adam on the scores and of SGD on the heads for each minibatch."""
@@ -218,8 +241,7 @@ class Reference:
         rows = epoch_order(len(self.train.y), settings.seed, GATE_EPOCHS, epoch)
         for x, y, b in self.train.batches(rows, settings.batch_size):
             features, logits = self.forward(x)
-            task_loss = cross_entropy(logits, y)
-            information = self.information(frozen_logits(self.heads, features), b)
+            task_loss, information = self.losses(logits, y, frozen_logits(self.heads, features), b)
             loss = settings.alpha * task_loss + settings.gamma * information
 
             self.scores_optimizer.zero_grad()
@@ -297,6 +319,97 @@ class Reference:
     def measure(self, heads: nn.ModuleList, masks: dict[str, Tensor] | None = None) -> Measurement:
         logits, head_logits, _ = self.evaluate(self.val, heads, masks)
         return measure(logits, head_logits, self.val.y, self.val.b, 0.0 if masks is None else sparsity(masks))
+
+
+class BiseReference(Reference):
+    """One extraction by BISE, step by step.
+
+    Args:
+        selects: whether ``val`` is an unbiased set of its own, by which the best scores are chosen.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        model: nn.Module,
+        train: Samples,
+        val: Samples,
+        width: int,
+        device: torch.device,
+        *,
+        selects: bool,
+    ) -> None:
+        super().__init__(settings, model, train, val, width, device, quirks=False)
+        self.selects = selects
+        with torch.no_grad():
+            _features, logits = self.forward(train.x[:1])
+        self.objective = bise.BiasedObjective.from_settings(settings, train, logits.shape[1])
+
+    def make_scores_optimizer(self) -> torch.optim.Optimizer:
+        scores = list(self.scores.values())
+        return torch.optim.SGD(scores, bise.SCORES_LR, bise.MOMENTUM, weight_decay=bise.WEIGHT_DECAY)
+
+    def losses(self, logits: Tensor, y: Tensor, head_logits: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        """Reweighted cross-entropy, and the sum of the MI of each bias over the samples that conflict with it."""
+        weighted = (self.objective.weights(y, b) * cross_entropy(logits, y, reduction="none")).mean()
+        information = torch.zeros((), device=y.device)
+        for head in range(b.shape[1]):
+            rows = b[:, head] != self.objective.aligned[y]
+            if rows.any():
+                joint = joint_distribution(head_logits[rows, head : head + 1], b[rows, head : head + 1])
+                information = information + joint_information(joint).sum()
+        return weighted, information
+
+    def fit_heads(
+        self, heads: nn.ModuleList, optimizer: torch.optim.SGD, masks: dict[str, Tensor] | None = None
+    ) -> int:
+        """A fixed number of epochs, each one pass of the network."""
+        for _ in range(bise.HEAD_EPOCHS):
+            self.head_epoch(heads, optimizer, masks)
+        return bise.HEAD_EPOCHS
+
+    def masks(self) -> dict[str, Tensor]:
+        return masks_of({name: score.detach() for name, score in self.scores.items()})
+
+    def run(self, progress: Progress) -> Extraction:
+        settings = self.settings
+        started = time.perf_counter()
+        schedule = make_schedule(settings.schedule, settings.anneal_rate, bise.SCORES_LR)
+        self.fit_heads(self.heads, self.heads_optimizer)
+        metrics: dict[str, Any] = {"vanilla": {**self.measure(self.heads).as_dict(), "weight_sparsity": 0.0}}
+        best: Measurement | None = None
+        best_scores = self.scores
+        history: list[dict[str, Any]] = []
+        progress.stage("reference extraction", settings.max_epochs)
+        while len(history) < settings.max_epochs and not schedule.has_ended(self.temperature.item()):
+            epoch_started = time.perf_counter()
+            temperature = self.temperature.item()
+            row: dict[str, Any] = {"epoch": len(history) + 1, "temperature": temperature}
+            row |= self.train_epoch(len(history), anneals=False)
+            lower, falls = schedule.after_epoch(temperature, 0.0)
+            if falls:
+                self.temperature.fill_(lower)
+                row["head_epochs"] = self.fit_heads(self.heads, self.heads_optimizer, self.masks())
+            if self.selects:
+                judged = self.measure(self.heads, self.masks())
+                if best is None or judged.task_accuracy > best.task_accuracy:
+                    best, best_scores = judged, {name: score.detach().clone() for name, score in self.scores.items()}
+                row["val_mi"] = sum(judged.bias_mi) / len(judged.bias_mi)
+                row |= {"val_task_accuracy": judged.task_accuracy, "val_bias_accuracy": judged.bias_accuracy}
+            history.append({**row, "seconds": time.perf_counter() - epoch_started})
+            progress.epoch(history[-1])
+
+        scores = {name: score.detach().clone() for name, score in self.scores.items()}
+        last = self.measure(self.heads, self.masks())
+        if best is None:
+            best, best_scores = last, scores
+        for name, judged, kept in (("pruned", last, scores), ("best", best, best_scores)):
+            removed = weight_sparsity(self.dense_model, settings, masks_of(kept))
+            metrics[name] = {**judged.as_dict(), "weight_sparsity": removed}
+        metrics |= {"selection": bise.selection(self.selects), "measured_on": "val" if self.selects else "train"}
+        metrics |= {"epochs": len(history), "seconds": time.perf_counter() - started}
+        input_shape = tuple(self.train.x.shape[1:])
+        return Extraction(self.dense_model, settings, scores, best_scores, history, metrics, input_shape)
 
 
 def make_heads_optimizer(heads: nn.ModuleList) -> torch.optim.SGD:

@@ -30,6 +30,7 @@ from ffw_fast.extraction import (
     SCORES,
     Extraction,
     sparsity,
+    weight_sparsity,
 )
 from ffw_fast.files import digest, read_json, read_tensors, sync_folder, write_json, write_tensors
 from ffw_fast.gated_network import EVALUATION_BATCH, outputs_of
@@ -440,7 +441,10 @@ def _test_metrics(found: Extraction, splits: Splits, seed: int) -> dict[str, Any
             batch_size=settings.batch_size,
             sparsity=sparsity(masks),
         )
-        | {"layer_sparsity": {layer: _pruned_share(mask) for layer, mask in masks.items()}}
+        | {
+            "weight_sparsity": weight_sparsity(found.dense_model, settings, masks),
+            "layer_sparsity": {layer: _pruned_share(mask) for layer, mask in masks.items()},
+        }
         for name, (network, masks) in networks.items()
     }
 

@@ -15,6 +15,8 @@ FINAL_TEMPERATURE = 1e-8
 LARGEST_FALL = 0.02  # of ln T in one step of the adaptive schedule
 STEPS_OF_SCORES = 20  # the adaptive schedule scales lr down from T = 20 lr on ...
 LAST_STEPS = 0.01  # ... and ends at T = lr / 100
+EPOCHS_A_HALVING = 10
+LAST_HALF = 1e-3
 
 
 class Schedule(Protocol):
@@ -77,11 +79,31 @@ class AdaptiveSchedule:
         return temperature < LAST_STEPS * self.lr
 
 
-SCHEDULES = ("published", "adaptive")
+@dataclass
+class HalvingSchedule:
+    """BISE's: T halves every 10 epochs, from 1 until it is at most 1e-3: 100 epochs."""
+
+    epochs: int = 0
+    anneals: bool = False
+
+    def after_epoch(self, temperature: float, validation_mi: float) -> tuple[float, bool]:
+        self.epochs += 1
+        falls = self.epochs % EPOCHS_A_HALVING == 0
+        return (temperature / 2 if falls else temperature), falls
+
+    def has_ended(self, temperature: float) -> bool:
+        return temperature <= LAST_HALF
 
 
-def make_schedule(name: str, anneal_rate: float, lr: float) -> PublishedSchedule | AdaptiveSchedule:
+SCHEDULES = ("published", "adaptive", "halving")
+
+
+def make_schedule(
+    name: str, anneal_rate: float, lr: float
+) -> PublishedSchedule | AdaptiveSchedule | HalvingSchedule:
     """The schedule of that name, one of ``SCHEDULES``; ``lr`` is the scores'."""
+    if name == "halving":
+        return HalvingSchedule()
     return PublishedSchedule() if name == "published" else AdaptiveSchedule(anneal_rate, lr)
 
 

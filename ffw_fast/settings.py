@@ -1,8 +1,9 @@
 """Everything that a run is asked for, checked before any work is done."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 
@@ -10,7 +11,10 @@ from ffw_fast.gates import GateKind, gate_kind
 from ffw_fast.modules import check_granularity, check_seed
 from ffw_fast.schedule import SCHEDULES
 
-METHODS = ("ffw",)
+METHODS: dict[str, dict[str, Any]] = {  # and the defaults in which each differs from those of ``Settings``
+    "ffw": {},
+    "bise": {"gamma": 1.0, "gate": "hard", "granularity": "channel", "schedule": "halving"},
+}
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -31,6 +35,9 @@ class Settings:
     batch_size: int = 100
     seed: int = 0
     precision: str = "fp32"
+    where: str | None = None
+    correlations: tuple[float, ...] | None = None
+    aligned: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
@@ -47,8 +54,14 @@ class Settings:
         for name, least in (("num_bias_classes", 2), ("max_epochs", 1), ("batch_size", 1)):
             _check_integer(name, getattr(self, name), least)
         check_seed(self.seed)
+        self._check_bise()
         if self.schedule not in SCHEDULES:
             raise ValueError(f"unknown schedule {self.schedule!r}; known schedules: {', '.join(SCHEDULES)}")
+        if self.where is not None and (not isinstance(self.where, str) or self.granularity != "channel"):
+            raise ValueError(
+                f"where must be patterns of layer names, separated by commas, beside granularity 'channel', "
+                f"got {self.where!r} and granularity {self.granularity!r}"
+            )
         if self.schedule == "adaptive" and self.kind is GateKind.HARD:
             raise ValueError("schedule 'adaptive' follows how gates move with T; the forward of gate 'hard' has no T")
 
@@ -57,7 +70,34 @@ class Settings:
         return gate_kind(self.gate)
 
     def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        """As JSON can hold it."""
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
+
+    @classmethod
+    def of(cls, **given: Any) -> Self:
+        """Settings in which gamma, gate, granularity and schedule are the method's own where None or absent."""
+        defaults = METHODS["bise"].keys()
+        chosen = {name: value for name, value in given.items() if name not in defaults or value is not None}
+        return cls(**{**METHODS.get(str(given.get("method")), {}), **chosen})
+
+    def _check_bise(self) -> None:
+        """Of what BISE alone reads."""
+        for name in ("correlations", "aligned"):
+            value = getattr(self, name)
+            if value is None:
+                continue
+            if self.method != "bise":
+                raise ValueError(f"{name} goes with method 'bise', not with {self.method!r}")
+            if isinstance(value, str) or not isinstance(value, Sequence):
+                raise TypeError(f"{name} must be a list of numbers, got {type(value).__name__}")
+            object.__setattr__(self, name, tuple(value))
+        for rho in self.correlations or ():
+            if not isinstance(rho, int | float) or isinstance(rho, bool) or not 0 < rho < 1:
+                raise ValueError(f"correlations must lie between 0 and 1, both excluded, got {rho!r}")
+        for label in self.aligned or ():
+            _check_integer("aligned: a bias label", label, 0)
+        if self.method == "bise" and self.schedule != "halving":
+            raise ValueError(f"method 'bise' goes with schedule 'halving', got {self.schedule!r}")
 
 
 def _check_number(name: str, value: Any, positive: bool) -> None:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from ffw_fast.channels import module_of, replace_module
 from ffw_fast.modules import MASKED_CLASSES
 
 LINEAR_LAYERS = tuple(MASKED_CLASSES)
@@ -56,7 +57,7 @@ def fold_batch_norms(model: nn.Module, graph: fx.Graph, bottleneck: str = "") ->
         if norm.running_mean is None or norm.num_features != layer.weight.shape[0]:
             continue
         _fold(layer, norm)
-        _replace(model, norm_name, nn.Identity())
+        replace_module(model, norm_name, nn.Identity())
         folded.append(norm_name)
     return folded
 
@@ -75,14 +76,14 @@ def _pairs(model: nn.Module, graph: fx.Graph, reader: type[nn.Module], bottlenec
     """
     runs = Counter(node.target for node in graph.nodes if node.op == "call_module")
     for node in graph.nodes:
-        if not isinstance(_module_of(model, node), reader):
+        if not isinstance(module_of(model, node), reader):
             continue
         source: Any = node.args[0] if node.args else None
         read_once = _is_read_once(source, bottleneck)
-        while read_once and isinstance(_module_of(model, source), nn.Identity):  # a folded batch norm
+        while read_once and isinstance(module_of(model, source), nn.Identity):  # a folded batch norm
             source = source.args[0]
             read_once = _is_read_once(source, bottleneck)
-        if not read_once or type(_module_of(model, source)) not in LINEAR_LAYERS:
+        if not read_once or type(module_of(model, source)) not in LINEAR_LAYERS:
             continue
         if runs[source.target] == runs[node.target] == 1:
             yield source.target, str(node.target)
@@ -90,13 +91,6 @@ def _pairs(model: nn.Module, graph: fx.Graph, reader: type[nn.Module], bottlenec
 
 def _is_read_once(node: Any, bottleneck: str) -> bool:
     return isinstance(node, fx.Node) and len(node.users) == 1 and node.target != bottleneck
-
-
-def _module_of(model: nn.Module, node: Any) -> nn.Module | None:
-    """The module that the node of a graph calls, if that is what it does."""
-    if not isinstance(node, fx.Node) or node.op != "call_module":
-        return None
-    return model.get_submodule(str(node.target))
 
 
 @torch.no_grad()
@@ -114,6 +108,52 @@ def _fold(layer: Any, norm: Any) -> None:
     layer.bias = nn.Parameter(shift.to(layer.weight.dtype), requires_grad=False)
 
 
-def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, module.eval())
+def split_before(model: nn.Module, first: type[nn.Module], bottleneck: str) -> tuple[nn.Module, nn.Module] | None:
+    """The part of a model before its first module of a class, and the rest, as ``GraphModule`` of its own parts.
+
+    None where there is nothing before it, where the rest reads more than that one output, where the bottleneck is not
+    a module without parts in the rest, or where the forward pass cannot be traced.
+    """
+    try:
+        graph = _WholeModules(first).trace(model)
+    except Exception:  # whatever the model's code raises under symbolic inputs
+        return None
+    node = next(node for node in graph.nodes if isinstance(module_of(model, node), first))
+    (given,) = node.all_input_nodes
+    inputs = [node for node in graph.nodes if node.op == "placeholder"]
+    if given.op == "placeholder" or len(inputs) != 1:
+        return None
+    front = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    for before in graph.nodes:
+        copies[before] = front.node_copy(before, copies.__getitem__)
+        if before is given:
+            break
+    front.output(copies[given])
+    with graph.inserting_before(inputs[0]):
+        given.replace_all_uses_with(graph.placeholder("frozen"))
+    head, rest = (_without_dead_code(fx.GraphModule(model, part)) for part in (front, graph))
+    left = [node for node in rest.graph.nodes if node.op == "placeholder"]
+    if left[1].users or bottleneck not in {str(node.target) for node in rest.graph.nodes if node.op == "call_module"}:
+        return None
+    rest.graph.erase_node(left[1])
+    rest.recompile()
+    return head.eval(), rest.eval()
+
+
+def _without_dead_code(module: fx.GraphModule) -> fx.GraphModule:
+    module.graph.eliminate_dead_code()
+    module.recompile()
+    module.delete_all_unused_submodules()
+    return module
+
+
+class _WholeModules(fx.Tracer):
+    """Does not look into modules of a class, nor into those without parts."""
+
+    def __init__(self, whole: type[nn.Module]) -> None:
+        super().__init__()
+        self.whole = whole
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return isinstance(m, self.whole) or not m._modules or super().is_leaf_module(m, module_qualified_name)

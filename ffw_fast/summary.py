@@ -43,6 +43,7 @@ def metrics_table(metrics: dict[str, Any], bias_names: tuple[str, ...], num_bias
         add(f"{name}, read by a head", partial(_accuracy, index=index))
         add(f"{name}, MI (floor)", partial(_information, index=index))
     add("sparsity", lambda row: f"{row['sparsity']:.3f}")
+    add("weights gone", lambda row: f"{row['weight_sparsity']:.3f}")
     return table
 
 

@@ -6,15 +6,22 @@ import itertools
 import pytest
 import torch
 
-from ffw_fast import reference
+from ffw_fast import heads, reference
 from ffw_fast.extract import extract
 from ffw_fast.extraction import Extraction
 from ffw_fast.fft_conv import FftConv2d, has_compiled_kernel
 from ffw_fast.gated_network import GatedNetwork
 from ffw_fast.gates import GateKind
+from tests.test_channels import Block
 from tests.toy import BOTTLENECK, CLASSES, biased_set, network
 
 SETTINGS = {"bottleneck": BOTTLENECK, "num_bias_classes": CLASSES, "batch_size": 50, "progress": False}
+
+
+@pytest.fixture
+def few_head_epochs(monkeypatch):
+    """Refits that end early, in both loops: the head epochs of the reference are what takes long."""
+    monkeypatch.setattr(heads, "MAX_EPOCHS", 8)
 
 
 def both(biases: int, norm: bool, **settings) -> tuple[Extraction, Extraction]:
@@ -46,6 +53,70 @@ def test_fast_and_reference_find_the_same_scores(biases, norm, schedule):
 @pytest.mark.parametrize("gate", ["hard", "bernoulli", "concrete"])
 def test_every_gate_kind_is_held_to_the_reference(gate):
     assert_held_together(*both(1, True, gate=gate, max_epochs=3))
+
+
+@pytest.mark.parametrize("gate", ["ffw", "hard", "bernoulli", "concrete"])
+def test_channel_gates_are_held_to_the_reference(few_head_epochs, gate):
+    assert_held_together(*both(2, True, gate=gate, granularity="channel", max_epochs=3))
+
+
+def test_adaptive_channel_gates_are_held_to_the_reference(few_head_epochs):
+    assert_held_together(*both(1, True, granularity="channel", schedule="adaptive", anneal_rate=1e-3, max_epochs=3))
+
+
+def test_channel_gates_of_a_residual_network_are_held_to_the_reference(few_head_epochs):
+    """Gates behind one ReLU that runs twice, and a shortcut that enters the sum before it."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = torch.nn.Sequential()
+        model.block1, model.block2 = Block(3, 6, True), Block(6, 6, False)
+        model.pool, model.flatten = torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten()
+        model.classifier = torch.nn.Linear(6, CLASSES)
+    model.eval()
+    train, val = biased_set(130, 1, 1), biased_set(70, 1, 2)
+    arguments = {**SETTINGS, "granularity": "channel", "where": "block1.conv1, block2.*", "max_epochs": 3}
+    fast, plain = extract(model, train, val, **arguments), reference.extract(model, train, val, **arguments)
+    assert_held_together(fast, plain)
+    assert list(fast.scores) == ["block1.conv1", "block2.conv1", "block2.conv2"]
+    assert_whole(fast, val)
+
+
+def assert_whole(found: Extraction, val) -> None:
+    """The plain network measures as it did in the loop."""
+    for best, name in ((False, "pruned"), (True, "best")):
+        model, measured = found.model(best), found.metrics[name]
+        assert (model(val[0]).argmax(1) == val[1]).double().mean() == pytest.approx(measured["task_accuracy"])
+        assert 0 < measured["sparsity"] < 1 and 0 < measured["weight_sparsity"] < 1
+
+
+def test_pruned_channels_are_zeros_in_a_plain_network_and_stay_so_in_fine_tuning(few_head_epochs, tmp_path):
+    train, val = biased_set(300, seed=1), biased_set(200, seed=2)
+    arguments = {**SETTINGS, "granularity": "channel", "gamma": 1.0, "max_epochs": 60}
+    found = extract(network(), train, val, **arguments, schedule="adaptive", anneal_rate=5e-3)
+    assert {name: tuple(scores.shape) for name, scores in found.scores.items()} == {"conv1": (8,), "conv2": (12,)}
+    assert_whole(found, val)
+    tuned = found.finetune(train, val, epochs=2)
+    for model in (found.model(), tuned):
+        assert type(model) is torch.nn.Sequential
+        for layer, norm in ((model.conv1, model.norm1), (model.conv2, model.norm2)):
+            dropped = ~found.masks["conv1" if layer is model.conv1 else "conv2"]
+            for tensor in (layer.weight, layer.bias, norm.weight, norm.bias):
+                assert tensor is None or not tensor[dropped].any()
+    assert not torch.equal(tuned.classifier.weight, found.model().classifier.weight)
+    found.save(tmp_path)
+    loaded = Extraction.load(tmp_path, network())
+    assert torch.equal(loaded.model()(val[0]), found.model()(val[0]))
+
+
+@pytest.mark.parametrize("schedule", ["published", "adaptive"])
+def test_channel_gates_resume_with_the_same_bits(few_head_epochs, tmp_path, schedule):
+    train, val = biased_set(130, seed=1), biased_set(70, seed=2)
+    arguments = {**SETTINGS, "granularity": "channel", "gate": "bernoulli", "schedule": schedule, "anneal_rate": 1e-3}
+    whole = extract(network(), train, val, **arguments, max_epochs=4)
+    extract(network(), train, val, **arguments, max_epochs=2, run_dir=tmp_path)
+    resumed = extract(network(), train, val, **arguments, max_epochs=4, run_dir=tmp_path, resume=True)
+    assert all(torch.equal(resumed.scores[name], whole.scores[name]) for name in whole.scores)
+    assert resumed.metrics["best"] == whole.metrics["best"]
 
 
 def test_fft_convolutions_are_held_to_the_reference():

@@ -79,7 +79,7 @@ def test_metrics_and_history():
     assert set(result.metrics) == {"vanilla", "pruned", "best", "epochs", "seconds"}
     for name in ("vanilla", "pruned", "best"):
         measured = result.metrics[name]
-        assert set(measured) == {"task_accuracy", "bias_accuracy", "bias_mi", "sparsity"}
+        assert set(measured) == {"task_accuracy", "bias_accuracy", "bias_mi", "sparsity", "weight_sparsity"}
         assert len(measured["bias_accuracy"]) == len(measured["bias_mi"]) == 2
     assert result.metrics["epochs"] == len(result.history) == 3
     assert [row["epoch"] for row in result.history] == [1, 2, 3]

@@ -83,6 +83,22 @@ def test_the_published_run_ends_below_1e_8_after_nine_cuts():
     assert schedule.has_ended(0.99e-8)
 
 
+# halving -------------------------------------------------------------------------------------------------------------
+
+
+def test_the_halving_schedule_takes_a_hundred_epochs():
+    schedule, temperature, epochs = make_schedule("halving", 1e-4, 1e-3), 1.0, 0
+    assert not schedule.anneals
+    while not schedule.has_ended(temperature):
+        epochs += 1
+        lower, falls = schedule.after_epoch(temperature, 0.5)
+        assert falls == (epochs % 10 == 0)
+        assert lower == (temperature / 2 if falls else temperature)
+        temperature = lower
+    assert epochs == 100
+    assert temperature == 2**-10
+
+
 # adaptive ------------------------------------------------------------------------------------------------------------
 
 
@@ -102,7 +118,7 @@ def test_the_adaptive_schedule_judges_once_a_decade_and_at_the_end():
 
 @given(st.lists(st.floats(0, 1), max_size=30), st.lists(st.floats(0, 1), min_size=1, max_size=30))
 def test_a_restored_schedule_goes_on_as_the_saved_one(before, after):
-    for name in ("published", "adaptive"):
+    for name in ("published", "adaptive", "halving"):
         schedule = make_schedule(name, 1e-4, 1e-3)
         for value in before:
             schedule.after_epoch(value, value)

@@ -45,10 +45,10 @@ def test_settings_survive_json(changes):
     ("name", "values", "message"),
     [
         ("bottleneck", (None, 3, b"pool"), "bottleneck must be the name of a module, got"),
-        ("method", ("bise", None, ""), "unknown method .*; known methods: ffw"),
+        ("method", ("bice", None, ""), "unknown method .*; known methods: ffw, bise"),
         ("gate", ("soft", None, "FFW"), "unknown gate .*; known gates: ffw, hard, bernoulli, concrete"),
-        ("granularity", ("row", None), "unknown granularity .*; known granularities: weight"),
-        ("schedule", ("linear", None), "unknown schedule .*; known schedules: published, adaptive"),
+        ("granularity", ("row", None), "unknown granularity .*; known granularities: weight, channel"),
+        ("schedule", ("linear", None), "unknown schedule .*; known schedules: published, adaptive, halving"),
         ("precision", ("fp16", None, 32), "unknown precision .*; known precisions: fp32, bf16"),
         ("gamma", (-1, float("nan"), float("inf"), "1", True, None), "gamma must be a non-negative finite number, got"),
         ("alpha", (-1e-9, float("nan"), float("inf"), None), "alpha must be a non-negative finite number, got"),

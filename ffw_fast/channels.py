@@ -1,0 +1,395 @@
+"""Gates of whole channels: where they stand in a network, found by its graph, and the network without pruned channels.
+
+The rule. A gate stands behind every non-linearity that a Conv's or Linear's output reaches through batch norm,
+dropout and one addition at most, and multiplies its output channels. It is named after that layer; where an addition
+brings several together (a residual block with a convolution in its shortcut), after the nearest one, the first in
+``model.named_modules()`` among equals. A layer whose output reaches no non-linearity has no gate: the classifier,
+whose outputs are the logits, or a linear projection. So a residual block conv-norm-ReLU-conv-norm-add-ReLU has two
+gates, named after its two convolutions, and the second one also silences what comes through the shortcut.
+"""
+
+import fnmatch
+import operator
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn.modules import activation as activations
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
+
+LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
+NOT_ELEMENTWISE = ("MultiheadAttention", "Softmax", "Softmax2d", "Softmin", "LogSoftmax", "GLU")
+ACTIVATIONS = tuple(getattr(activations, name) for name in activations.__all__ if name not in NOT_ELEMENTWISE)
+FUNCTIONS = frozenset(  # as functions and, where tensors have them, as methods
+    (
+        *("celu", "elu", "gelu", "hardsigmoid", "hardswish", "hardtanh", "leaky_relu", "logsigmoid", "mish"),
+        *("relu", "relu6", "selu", "sigmoid", "silu", "softplus", "softsign", "tanh"),
+    )
+)
+ADDITIONS = (operator.add, operator.iadd, torch.add)
+PASSING = (_BatchNorm, nn.Identity, _DropoutNd)  # between a layer and its non-linearity; each channel for itself
+POOLS = tuple(
+    getattr(nn, f"{kind}Pool{dimensions}d")
+    for kind in ("Max", "Avg", "AdaptiveAvg", "AdaptiveMax")
+    for dimensions in (1, 2, 3)
+)
+ALIKE_FUNCTIONS = FUNCTIONS | frozenset(  # whose channels are constant where those of their input are
+    (
+        *("flatten", "mean", "max_pool1d", "max_pool2d", "max_pool3d", "avg_pool1d", "avg_pool2d", "avg_pool3d"),
+        *("adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d"),
+    )
+)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where one gate stands.
+
+    Attributes:
+        layer: name of the Conv or Linear after whose output channels the gate is named.
+        node: the non-linearity in the graph; the gate multiplies its output.
+        shape: (channels, 1, ...), which broadcasts against the non-linearity's output.
+        silent: layers and batch norms whose output nothing but the non-linearity sees: in them a pruned channel may be
+            zero.
+        is_silenced: whether those zeros make the gate's output zero. Not where a shortcut enters the sum, or where the
+            non-linearity does not map 0 to 0.
+        between: names of the modules that lie before the gate but already have the channels silent.
+    """
+
+    layer: str
+    node: fx.Node
+    shape: tuple[int, ...]
+    silent: tuple[str, ...]
+    is_silenced: bool
+    between: tuple[str, ...]
+
+    @property
+    def channels(self) -> int:
+        return self.shape[0]
+
+
+class ChannelMask(nn.Module):
+    """Multiplies channels by a fixed mask, zeros and ones of shape (channels, 1, ...)."""
+
+    mask: Tensor
+
+    def __init__(self, mask: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("mask", mask)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.mask.to(x.dtype)
+
+
+class ChannelGraph:
+    """The graph of a model and its channel gates.
+
+    Args:
+        model: any module whose forward pass ``torch.fx`` can trace. Nothing is changed until ``prune``.
+        where: shell-style patterns of layer names, separated by commas, that choose among the gates. Default: all.
+
+    Raises:
+        ValueError: the model cannot be traced, has no gate, or a pattern matches none.
+    """
+
+    def __init__(self, model: nn.Module, where: str | None = None) -> None:
+        self.model = model
+        self.graph = _trace(model)
+        self._runs = Counter(str(node.target) for node in self.graph.nodes if node.op == "call_module")
+        every = {place.layer: place for place in self._find()}
+        if not every:
+            raise ValueError(
+                f"no channel can be gated: in {type(model).__name__} no output of a Conv or Linear layer reaches a "
+                "non-linearity through batch norm and an addition at most"
+            )
+        self.places = {name: every[name] for name in _chosen(list(every), where)}
+
+    @property
+    def shapes(self) -> dict[str, torch.Size]:
+        """Layer name -> (channels,) of every gate."""
+        return {name: torch.Size([place.channels]) for name, place in self.places.items()}
+
+    def check_bottleneck(self, bottleneck: str) -> None:
+        """``ValueError`` for a bottleneck at which the gated and the pruned network differ, or that is not seen."""
+        for place in self.places.values():
+            if bottleneck in place.between:
+                raise ValueError(
+                    f"bottleneck {bottleneck!r} lies before the gate of its channels, which stands behind "
+                    f"{place.node.target if place.node.op == 'call_module' else place.node.name!r}: name that instead"
+                )
+        if self._needs_graph and bottleneck not in self._runs:
+            raise ValueError(
+                f"bottleneck {bottleneck!r} is a container; with channel gates behind functions or modules that run "
+                f"several times it must be one of the modules without parts: {', '.join(sorted(self._runs))}"
+            )
+
+    def explicit(self) -> tuple[nn.Module, dict[str, str]]:
+        """A model in which every gate has a module of its own to stand behind, and layer name -> that module's name.
+
+        It is the model itself where each of these non-linearities is a module that runs once; else a ``GraphModule``
+        of the model's own parts with an ``nn.Identity`` behind each of the others.
+        """
+        sites = {name: str(place.node.target) for name, place in self.places.items() if self._runs_once(place.node)}
+        if not self._needs_graph:
+            return self.model, sites
+        module = fx.GraphModule(self.model, self.graph)
+        nodes = {node.name: node for node in module.graph.nodes}
+        for name, place in self.places.items():
+            if name in sites:
+                continue
+            sites[name] = site = f"gate_of_{name.replace('.', '_')}"
+            module.add_submodule(site, nn.Identity())
+            node = nodes[place.node.name]
+            with module.graph.inserting_after(node):
+                behind = module.graph.call_module(site, (node,))
+            node.replace_all_uses_with(behind)
+            behind.args = (node,)
+        module.recompile()
+        module.train(self.model.training)
+        return module, sites
+
+    def prune(self, masks: dict[str, Tensor]) -> nn.Module:
+        """The model, or a ``GraphModule`` of its parts, in which the channels that masks (channels,) drop are zero.
+
+        They are zeros in weights, biases and batch norms wherever these suffice. Where not, a ``ChannelMask`` follows
+        the non-linearity.
+        """
+        self.check_masks(masks)
+        for name, rows in self.silent_rows(masks).items():
+            _silence(self.model.get_submodule(name), rows)
+        open_places = [name for name, mask in masks.items() if not (self.places[name].is_silenced or mask.all())]
+        if not open_places:
+            return self.model
+        model, sites = self.explicit()
+        for name in open_places:
+            mask = masks[name].view(self.places[name].shape)
+            layer: Any = self.model.get_submodule(name)
+            fixed = ChannelMask(mask.to(layer.weight.device, layer.weight.dtype))
+            replace_module(model, sites[name], nn.Sequential(model.get_submodule(sites[name]), fixed))
+        return model
+
+    def check_masks(self, masks: dict[str, Tensor]) -> None:
+        """``ValueError`` unless there is one boolean mask (channels,) for every gate."""
+        given = {name: tuple(mask.shape) for name, mask in masks.items()}
+        expected = {name: tuple(shape) for name, shape in self.shapes.items()}
+        if given != expected:
+            raise ValueError(f"masks do not fit the model's channel gates: got {given}, expected {expected}")
+
+    def silent_rows(self, masks: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Name of a layer or batch norm -> boolean (channels,) of the channels that are kept in it."""
+        return {module: masks[name] for name, place in self.places.items() for module in place.silent}
+
+    def kept_rows(self, masks: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Name of every Conv and Linear layer -> boolean (out_channels,) of those that pruning leaves in it."""
+        silent = self.silent_rows(masks)
+        layers = {str(node.target): self._module(node) for node in self.graph.nodes if self._is_layer(node)}
+        return {
+            name: silent.get(name, torch.ones(len(layer.weight), dtype=torch.bool, device=layer.weight.device))
+            for name, layer in layers.items()
+        }
+
+    def weight_sparsity(self, masks: dict[str, Tensor]) -> float:
+        """Share of all Conv and Linear weights that are gone: their output channel is zero, or their input is.
+
+        What the graph does not show (channels that are concatenated or permuted) counts as alive.
+        """
+        alive: dict[fx.Node, Tensor | None] = {}
+        behind = {place.node: masks[name] for name, place in self.places.items()}
+        rows_of = self.kept_rows(masks)
+        gone: dict[str, int] = {}
+        total: dict[str, int] = {}
+        for node in self.graph.nodes:
+            inputs = [alive.get(source) for source in node.all_input_nodes]
+            alive[node] = self._alive(node, inputs)
+            if self._is_layer(node):
+                layer: Any = self._module(node)
+                name = str(node.target)
+                rows, columns = rows_of[name], _columns(layer, inputs[0])
+                kept = int((rows.unsqueeze(1) & columns).sum()) * (layer.weight.numel() // columns.numel())
+                total[name] = layer.weight.numel()
+                gone[name] = min(gone.get(name, total[name]), total[name] - kept)  # of several calls
+                alive[node] = rows
+            if node in behind:
+                reached = alive[node]
+                alive[node] = behind[node] if reached is None else reached & behind[node]
+        return sum(gone.values()) / sum(total.values())
+
+    def _alive(self, node: fx.Node, inputs: list[Tensor | None]) -> Tensor | None:
+        """Which channels of a node's output may be other than constant; None: any."""
+        module = self._module(node)
+        same = isinstance(module, (*PASSING, *ACTIVATIONS, *POOLS, nn.Flatten))
+        if (same or _name(node) in ALIKE_FUNCTIONS) and len(inputs) == 1:
+            return inputs[0]
+        if _is_addition(node) and len(inputs) == 2:
+            first, second = inputs
+            if first is not None and second is not None and first.shape == second.shape:
+                return first | second
+        return None
+
+    @cached_property
+    def _needs_graph(self) -> bool:
+        return not all(self._runs_once(place.node) for place in self.places.values())
+
+    def _runs_once(self, node: fx.Node) -> bool:
+        return node.op == "call_module" and self._runs[str(node.target)] == 1
+
+    def _module(self, node: fx.Node) -> Any:
+        return module_of(self.model, node)
+
+    def _is_layer(self, node: fx.Node) -> bool:
+        return type(self._module(node)) in LAYERS
+
+    def _find(self) -> Iterator[Place]:
+        """Every place in the order of the graph; a layer gives its name to the first that it reaches."""
+        order = {name: index for index, (name, _module) in enumerate(self.model.named_modules())}
+        taken: set[str] = set()
+        for node in self.graph.nodes:
+            if not self._is_activation(node):
+                continue
+            found = [(depth, order[name], name) for depth, name in self._sources(node.args[0]) if name not in taken]
+            if not found:
+                continue
+            name = min(found)[2]
+            layer: Any = self.model.get_submodule(name)
+            trail, is_silent = self._silent(node.args[0])
+            modules = {module: self.model.get_submodule(module) for module in trail}
+            silent = {module: part for module, part in modules.items() if isinstance(part, (*LAYERS, _BatchNorm))}
+            if any(_channels(part) != len(layer.weight) for part in silent.values()):
+                continue  # a sum that broadcasts: channels are not told apart
+            taken.add(name)
+            shape = (len(layer.weight), *[1] * (layer.weight.dim() - 2))
+            zero = self._maps_zero_to_zero(node, shape)
+            between = trail if self._runs_once(node) or node.op != "call_module" else (*trail, str(node.target))
+            yield Place(name, node, shape, tuple(silent), is_silent and zero, tuple(between))
+
+    def _is_activation(self, node: fx.Node) -> bool:
+        if not node.args or not isinstance(node.args[0], fx.Node):
+            return False
+        return isinstance(self._module(node), ACTIVATIONS) or _name(node) in FUNCTIONS
+
+    def _sources(self, node: Any, depth: int = 0, additions: int = 1) -> Iterator[tuple[int, str]]:
+        """(distance, name) of the layers that a non-linearity's input comes from."""
+        if self._is_layer(node):
+            if self._runs_once(node):
+                yield depth, str(node.target)
+        elif isinstance(self._module(node), PASSING):
+            yield from self._sources(node.args[0], depth + 1, additions)
+        elif _is_addition(node) and additions:
+            for source in node.all_input_nodes:
+                yield from self._sources(source, depth + 1, additions - 1)
+
+    def _silent(self, node: Any, additions: int = 1) -> tuple[tuple[str, ...], bool]:
+        """Modules in which zeros can stand, or which then give zeros, and whether they make the node's output zero.
+
+        Where a layer is read elsewhere too, the batch norm behind it can be zero; one without weight and bias cannot.
+        """
+        if len(node.users) != 1:
+            return (), False
+        if _is_addition(node) and additions:
+            parts = [self._silent(source, additions - 1) for source in node.all_input_nodes]
+            is_zero = len(parts) == 2 and all(zero for _names, zero in parts)
+            return tuple(name for names, _zero in parts for name in names), is_zero
+        if not self._runs_once(node):
+            return (), False
+        module, name = self._module(node), str(node.target)
+        if type(module) in LAYERS:
+            return (name,), True
+        if not isinstance(module, PASSING) or (isinstance(module, _BatchNorm) and module.weight is None):
+            return (), False
+        names, zero = self._silent(node.args[0], additions)
+        return (name, *names), zero or isinstance(module, _BatchNorm)
+
+    def _maps_zero_to_zero(self, node: fx.Node, shape: tuple[int, ...]) -> bool:
+        zeros = next(self.model.parameters()).new_zeros(1, *shape)
+        rest = node.args[1:]
+        if any(isinstance(value, fx.Node) for value in (*rest, *node.kwargs.values())):
+            return False
+        with torch.no_grad():
+            if node.op == "call_module":
+                given = self._module(node)(zeros)
+            elif node.op == "call_method":
+                given = getattr(zeros, str(node.target))(*rest, **node.kwargs)
+            else:
+                given = node.target(zeros, *rest, **node.kwargs)  # type: ignore[operator]
+        return not given.any()
+
+
+def _trace(model: nn.Module) -> fx.Graph:
+    try:
+        return fx.Tracer().trace(model)
+    except Exception as error:  # whatever the model's code raises under symbolic inputs
+        raise ValueError(
+            f"channel gates are found by the network's graph, and torch.fx cannot trace {type(model).__name__}: "
+            f"{str(error).splitlines()[0] if str(error) else type(error).__name__}; "
+            "granularity='weight' needs no graph"
+        ) from error
+
+
+def module_of(model: nn.Module, node: Any) -> nn.Module | None:
+    """The module that the node of a graph calls, if that is what it does."""
+    if not isinstance(node, fx.Node) or node.op != "call_module":
+        return None
+    return model.get_submodule(str(node.target))
+
+
+def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Let the model's part of that name be another module, in the mode in which the old one was."""
+    parent, _, child = name.rpartition(".")
+    module.train(model.get_submodule(name).training)
+    setattr(model.get_submodule(parent), child, module)
+
+
+def _name(node: fx.Node) -> str:
+    """Name of the function or method that a node calls, without the underscore of one that works in place."""
+    target = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    return target.removesuffix("_") if node.op in ("call_function", "call_method") else ""
+
+
+def _is_addition(node: Any) -> bool:
+    if not isinstance(node, fx.Node):
+        return False
+    return node.target in ADDITIONS if node.op == "call_function" else node.op == "call_method" and _name(node) == "add"
+
+
+def _channels(module: Any) -> int:
+    return module.num_features if isinstance(module, _BatchNorm) else len(module.weight)
+
+
+def _columns(layer: Any, alive: Tensor | None) -> Tensor:
+    """Boolean (1 or out_channels, in_channels / groups) of the layer's inputs that are alive, or (1, 1): all."""
+    every = torch.ones(1, 1, dtype=torch.bool, device=layer.weight.device)
+    if alive is None:
+        return every.expand(len(layer.weight), 1)
+    if isinstance(layer, nn.Linear):  # a channel of an image is several features once it is flattened
+        if layer.in_features % len(alive):
+            return every.expand(len(layer.weight), 1)
+        return alive.repeat_interleave(layer.in_features // len(alive)).expand(len(layer.weight), -1)
+    if len(alive) != layer.in_channels:
+        return every.expand(len(layer.weight), 1)
+    return alive.view(layer.groups, -1).repeat_interleave(len(layer.weight) // layer.groups, dim=0)
+
+
+def _chosen(names: list[str], where: str | None) -> list[str]:
+    """The names that match one of the patterns, in their order."""
+    if where is None:
+        return names
+    patterns = [pattern.strip() for pattern in where.split(",")]
+    for pattern in patterns:
+        if not fnmatch.filter(names, pattern):
+            raise ValueError(f"where: {pattern!r} matches none of the layers with a channel gate: {', '.join(names)}")
+    return [name for name in names if any(fnmatch.fnmatch(name, pattern) for pattern in patterns)]
+
+
+@torch.no_grad()
+def _silence(module: Any, kept: Tensor) -> None:
+    """Zeros in the rows of weight and bias that are not kept, in parameters of the module's own."""
+    for name in ("weight", "bias"):
+        parameter = getattr(module, name)
+        if parameter is not None:
+            rows = kept.to(parameter.device).view(-1, *[1] * (parameter.dim() - 1))
+            setattr(module, name, nn.Parameter(parameter.masked_fill(~rows, 0), parameter.requires_grad))
