@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.utils._pytree import tree_leaves
 
+from ffw_fast.channels import ChannelMask
 from ffw_fast.constant_inputs import LINEAR_LAYERS, constant_inputs
 
 SAMPLES = 2  # of the example; as many of noise stand beside them
@@ -113,6 +114,27 @@ def _dependency_graph() -> Any:
     return DependencyGraph()
 
 
+def _channel_mask_pruner() -> Any:
+    """How torch-pruning removes channels of a ``ChannelMask``."""
+    from torch_pruning.pruner.function import BasePruningFunc
+
+    class ChannelMaskPruner(BasePruningFunc):
+        def prune_out_channels(self, layer: Any, idxs: list[int]) -> nn.Module:
+            kept = torch.ones(len(layer.mask), dtype=torch.bool, device=layer.mask.device)
+            kept[idxs] = False
+            layer.mask = layer.mask[kept]
+            return layer
+
+        prune_in_channels = prune_out_channels
+
+        def get_out_channels(self, layer: Any) -> int:
+            return len(layer.mask)
+
+        get_in_channels = get_out_channels
+
+    return ChannelMaskPruner()
+
+
 def _samples(example: Tensor) -> Tensor:
     """Some of the example's samples and noise of their shape, in double precision."""
     if not isinstance(example, Tensor) or not example.is_floating_point():
@@ -178,6 +200,7 @@ class _Work:
         while changed:
             changed = False
             graph = _dependency_graph()
+            graph.register_customized_layer(ChannelMask, _channel_mask_pruner())
             try:
                 with torch.enable_grad():
                     graph.build_dependency(self.model, self.samples, verbose=False)

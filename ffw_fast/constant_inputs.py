@@ -1,8 +1,9 @@
 """Which inputs of a network's layers do not depend on the network's input: found by letting NaN stand for "may vary".
 
 The network runs once on NaN. Arithmetic hands NaN on, so a number that comes out is one that the input cannot reach.
-Only a weight of zero must stop it, which ``0 * NaN`` does not: layers and batch norms get a hook for that. What
-swallows NaN (a comparison, say) would claim too much and is refused; and a constant must also be seen on real samples.
+Only a weight of zero must stop it, which ``0 * NaN`` does not: layers, batch norms and channel masks get a hook for
+that. What swallows NaN (a comparison, say) would claim too much and is refused; and a constant must also be seen on
+real samples.
 """
 
 from collections.abc import Callable, Iterator
@@ -15,6 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from ffw_fast.channels import ChannelMask
 from ffw_fast.modules import MASKED_CLASSES
 
 LINEAR_LAYERS = tuple(MASKED_CLASSES)
@@ -38,9 +40,9 @@ def constant_inputs(model: nn.Module, samples: Tensor) -> dict[str, Tensor]:
         ValueError: an operation of the network swallows NaN.
     """
     names = {layer: name for name, layer in model.named_modules() if type(layer) in LINEAR_LAYERS}
-    norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
+    scales = [module for module in model.modules() if isinstance(module, _BatchNorm | ChannelMask)]
     watch = _NanWatch()
-    hooks = [module.register_forward_hook(watch.stop_at_zeros) for module in (*names, *norms)]
+    hooks = [module.register_forward_hook(watch.stop_at_zeros) for module in (*names, *scales)]
     try:
         with watch:
             claimed = _seen_inputs(model, names, torch.full_like(samples[:1], torch.nan), watch)
@@ -139,6 +141,8 @@ def _has_nan(values: Any) -> bool:
 
 def _reached(layer: Any, varies: Tensor) -> Tensor:
     """Positive where an input that varies (1, else 0) meets a weight that is not 0."""
+    if isinstance(layer, ChannelMask):
+        return layer.forward(varies)
     if isinstance(layer, _BatchNorm):
         if layer.weight is None:
             return varies

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from ffw_fast.channels import ChannelGraph
 from ffw_fast.compact import compact, load_compacted
 from ffw_fast.constant_inputs import constant_inputs
 from ffw_fast.models import MLP, ResNet18, SimpleConvNet
@@ -225,6 +226,22 @@ def test_batch_norms_that_are_zero_silence_their_channels():
         model.bn2.bias[:20] = 0
     small = compact(model, torch.randn(2, 3, 8, 8))
     assert (small.conv2.out_channels, small.bn2.num_features, small.conv3.in_channels) == (12, 12, 12)
+
+
+def test_channels_that_a_mask_closes_behind_a_residual_sum_go():
+    model = seeded(residual_network)
+    graph = ChannelGraph(copy.deepcopy(model))
+    assert list(graph.shapes) == ["0", "2.conv1", "2.conv2", "3.conv1", "3.conv2"]
+    masks = {name: torch.ones(shape, dtype=torch.bool) for name, shape in graph.shapes.items()}
+    masks["0"][:3] = masks["2.conv2"][:2] = masks["3.conv2"][:4] = False
+    pruned = graph.prune(masks).eval()
+    x = torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    small = compact(pruned, x)
+    assert_same(small, pruned, x)
+    convolutions = [module for module in small.modules() if isinstance(module, nn.Conv2d)]
+    assert convolutions[0].out_channels == 6  # of the three that the first mask closes the block fills one again
+    assert [module.out_features for module in small.modules() if isinstance(module, nn.Linear)] == [4]
+    assert [module.in_features for module in small.modules() if isinstance(module, nn.Linear)] == [8 * 4]
 
 
 def test_a_branch_that_nobody_reads_keeps_one_channel_that_reads_nothing():
