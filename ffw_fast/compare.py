@@ -68,7 +68,7 @@ def compare(
                 network,
                 ours.settings.bottleneck,
                 ours.settings.num_bias_classes,
-                splits.train,
+                splits.for_heads,
                 splits.test,
                 seed=seed,
                 batch_size=ours.settings.batch_size,

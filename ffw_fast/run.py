@@ -435,7 +435,7 @@ def _test_metrics(found: Extraction, splits: Splits, seed: int) -> dict[str, Any
             network(),
             settings.bottleneck,
             settings.num_bias_classes,
-            splits.train,
+            splits.for_heads,
             splits.test,
             seed=seed,
             batch_size=settings.batch_size,

@@ -123,7 +123,10 @@ class Sizes:
 def color_splits(
     digits: SplitDigits, sizes: Sizes, coloring: Coloring, rhos: Sequence[float], *, seed: int
 ) -> Splits:
-    """The vanilla set with the given correlations, and the unbiased sets with colours drawn uniformly."""
+    """The vanilla set with the given correlations, and the unbiased sets with colours drawn uniformly.
+
+    With fewer ``unbiased_digits`` than there are, all of them stay the pool that leakage is measured with.
+    """
 
     def colored(name: str, digits: Digits, size: int, rhos: Sequence[float]) -> Samples:
         return coloring(digits, size, rhos, seeded_generator(seed, f"{name} colors"))
@@ -135,9 +138,11 @@ def color_splits(
     available = len(digits.train)
     distinct = check_count("unbiased_digits", sizes.unbiased_digits, available, most=available)
     train_size = check_count("unbiased_size", sizes.unbiased_size, distinct * sizes.unbiased_copies)
+    pool = colored_unbiased("pool", digits.train, available * sizes.unbiased_copies) if distinct < available else None
     return Splits(
         colored("vanilla", digits.vanilla, vanilla_size, rhos),
         colored_unbiased("train", digits.train[:distinct], train_size),
         colored_unbiased("val", digits.val, len(digits.val) * sizes.unbiased_copies),
         colored_unbiased("test", digits.test, len(digits.test) * sizes.unbiased_copies),
+        pool,
     )

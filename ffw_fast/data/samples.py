@@ -53,12 +53,23 @@ def _read(x: Inputs, order: Tensor, parts: Sequence[Tensor]) -> Iterator[Tensor]
 
 @dataclass(frozen=True)
 class Splits:
-    """The biased set that the vanilla network learns from, None where it is trained already, and the unbiased ones."""
+    """The biased set that the vanilla network learns from, None where it is trained already, and the unbiased ones.
+
+    Attributes:
+        pool: all unbiased samples that heads may be fitted on to measure leakage, where ``train`` is but a few of them:
+            heads fitted on few samples read less than is there.
+    """
 
     vanilla: Samples | None
     train: Samples
     val: Samples
     test: Samples
+    pool: Samples | None = None
+
+    @property
+    def for_heads(self) -> Samples:
+        """What the heads that measure leakage are fitted on."""
+        return self.train if self.pool is None else self.pool
 
 
 def split_60_20_20(count: int) -> tuple[slice, slice, slice]:

@@ -1,12 +1,12 @@
 """Multi-Color MNIST: sizes, pixels, correlations and digits of its four sets."""
 
-from dataclasses import fields
-
 import pytest
 import torch
 
 from ffw_fast.data import Samples, Splits, multi_color_mnist
 from ffw_fast.data.colors import PALETTE
+
+SETS = ("vanilla", "train", "val", "test")
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +23,7 @@ def digits(samples: Samples) -> set[bytes]:
 
 
 def test_sizes(splits):
-    assert [len(getattr(splits, field.name).y) for field in fields(splits)] == [32000, 6000, 2000, 2000]
+    assert [len(getattr(splits, name).y) for name in SETS] == [32000, 6000, 2000, 2000]
     assert splits.vanilla.x.shape == (32000, 3, 28, 28)
     assert splits.vanilla.b.shape == (32000, 2)
 
@@ -51,7 +51,7 @@ def test_the_two_biases_are_independent_of_each_other(splits):
 
 
 def test_no_digit_is_in_two_sets(splits):
-    sets = [digits(getattr(splits, field.name)) for field in fields(splits)]
+    sets = [digits(getattr(splits, name)) for name in SETS]
     assert sum(map(len, sets)) == len(set().union(*sets))
     assert [len(members) for members in sets[1:]] == [600, 200, 200]
 
@@ -67,7 +67,7 @@ def test_second_division(splits):
 def test_full_mnist_divides_twice_by_default(tmp_path, write_mnist):
     write_mnist(tmp_path, train=100, test=50, compressed=True)
     full = multi_color_mnist(tmp_path)
-    assert [len(getattr(full, field.name).y) for field in fields(full)] == [100, 30, 10, 10]
+    assert [len(getattr(full, name).y) for name in SETS] == [100, 30, 10, 10]
     assert full.vanilla.x.amax() == pytest.approx(1 / 255)
     assert multi_color_mnist(tmp_path, second_division=False).vanilla.x.amax() == 1
 
@@ -78,5 +78,7 @@ def test_options(splits):
     assert len(chosen.train.y) == 500
     assert len(digits(chosen.train)) == 100
     assert torch.equal(chosen.val.x, splits.val.x)
+    assert digits(chosen.for_heads) == digits(splits.train), "leakage is measured with all digits of the pool"
+    assert splits.pool is None and splits.for_heads is splits.train
     with pytest.raises(ValueError, match="unbiased_digits"):
         multi_color_mnist(unbiased_digits=0)
