@@ -5,7 +5,7 @@ TORCH ?= torch==2.13.0
 BIN := .venv/bin
 BUILD_INPUTS := setup.py pyproject.toml MANIFEST.in $(shell find csrc -type f)
 
-.PHONY: venv demo test gpu-check clean
+.PHONY: venv demo test docs gpu-check clean
 
 venv: .venv/installed
 
@@ -16,6 +16,12 @@ test: venv
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -m 'not (ladder and slow)'
+
+# The reference of all public names, from their docstrings: build/reference/index.html.
+docs: venv
+	$(BIN)/pip install --quiet --no-build-isolation -e '.[docs]'
+	$(BIN)/pdoc --docformat google --output-directory build/reference ffw_fast ffw_fast.theory ffw_fast.reference \
+		ffw_fast.figures ffw_fast.report ffw_fast.run_folder ffw_fast.attribution
 
 # All proofs of the GPU kernels that need no GPU; needs nvcc for some, and takes long.
 gpu-check: venv

@@ -16,6 +16,7 @@ from ffw_fast.benchmarks import BENCHES
 from ffw_fast.compare import all_settings, compare, comparison_table
 from ffw_fast.engines import Engine, LocalProcesses, RayCluster
 from ffw_fast.export import FORMATS, export
+from ffw_fast.figures import FIGURES, make_figure
 from ffw_fast.files import write_json, write_tensors
 from ffw_fast.gates import GATES
 from ffw_fast.grid import accept_grids, combinations
@@ -25,6 +26,7 @@ from ffw_fast.own import NAME as OWN
 from ffw_fast.own import TITLE as OWN_TITLE
 from ffw_fast.own import options_in_file, own_workload
 from ffw_fast.progress import describe_time, make_progress
+from ffw_fast.report import write_report
 from ffw_fast.run import Request, check_folder, load_run, prepare_vanilla, run_workload
 from ffw_fast.run_lock import locked
 from ffw_fast.run_state import CHECKPOINT
@@ -129,6 +131,8 @@ def build_parser() -> argparse.ArgumentParser:
     _add_sweep(commands)
     _add_compact(commands)
     _add_export(commands)
+    _add_report(commands)
+    _add_figure(commands)
     _add_bench(commands)
     _add_info(commands)
     return parser
@@ -343,6 +347,7 @@ def _run(options: argparse.Namespace) -> int:
     print_table(metrics_table(metrics, tuple(metrics["bias_names"]), workload.num_bias_classes))
     stages = ", ".join(f"{stage} {describe_time(seconds)}" for stage, seconds in metrics["stages"].items())
     print(f"{metrics['epochs']} epochs; {stages}")
+    _report_run(options.out)
     print(f"run folder: {options.out}")
     return 0
 
@@ -388,6 +393,14 @@ def _engine(options: argparse.Namespace, trials: int) -> Iterator[Engine]:
     cores = len(os.sched_getaffinity(0))
     processes = options.processes or min(trials, max(1, cores // (options.threads or 1)))
     yield LocalProcesses(processes, options.threads or max(1, cores // processes), options.retries)
+
+
+def _report_run(out: str) -> None:
+    """Write the report of a run that has just ended, or say what it needs."""
+    try:
+        print(f"report: {write_report(out)}")
+    except ImportError as error:
+        print(f"no report yet: {error}; then: ffw-fast report {out}")
 
 
 def _compare(options: argparse.Namespace) -> int:
@@ -453,6 +466,42 @@ def _add_folder(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--best", action="store_true", help="the network with the best scores (default: that with the final ones)"
     )
+
+
+def _add_report(commands: Commands) -> None:
+    report = commands.add_parser(
+        "report",
+        help="write a page about a run: one HTML file that needs no network",
+        description="Writes report.html into a run folder. Needs the extra report.",
+    )
+    report.add_argument("folder", metavar="DIR", help="a folder of ffw-fast run, or of Extraction.save")
+    report.set_defaults(command=_report)
+
+
+def _report(options: argparse.Namespace) -> int:
+    print(write_report(options.folder))
+    return 0
+
+
+def _add_figure(commands: Commands) -> None:
+    lines = [f"  {name:16} {figure.shows}; from {figure.reads}" for name, figure in FIGURES.items()]
+    figure = commands.add_parser(
+        "figure",
+        help="draw a figure of runs or comparisons, with the numbers behind it",
+        description="Writes NAME.png, NAME.svg and NAME.csv, the numbers behind them. Needs the extra figures.",
+        epilog="\n".join(["figures:", *lines]),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    figure.add_argument("name", metavar="NAME", choices=FIGURES, help="which one, see below")
+    figure.add_argument("paths", metavar="DIR", nargs="+", help="run folders, folders of runs, or of comparisons")
+    _adder(figure)("--out", str, "figures", "DIR", "the folder to write to")
+    figure.set_defaults(command=_figure)
+
+
+def _figure(options: argparse.Namespace) -> int:
+    for path in make_figure(options.name, options.paths, options.out):
+        print(path)
+    return 0
 
 
 def _add_bench(commands: Commands) -> None:

@@ -1,6 +1,7 @@
 """One workload from data to metrics, in a run folder that can be left and taken up again."""
 
 import json
+import math
 import os
 import platform
 import shutil
@@ -16,6 +17,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from ffw_fast import own
+from ffw_fast.attribution import explain
 from ffw_fast.backend import backend_info
 from ffw_fast.data.datasets import stream_note
 from ffw_fast.data.samples import Inputs, Samples, Splits
@@ -39,20 +41,23 @@ from ffw_fast.interrupts import Terminated
 from ffw_fast.measure import measure
 from ffw_fast.ops import joint_distribution, joint_information
 from ffw_fast.progress import Progress
+from ffw_fast.run_folder import EXAMPLES, REPORT
 from ffw_fast.run_lock import locked
 from ffw_fast.run_state import CHECKPOINT, PREVIOUS
 from ffw_fast.seeding import seeded_generator
 from ffw_fast.settings import Settings
+from ffw_fast.theory import biasedness, label_information
 from ffw_fast.vanilla import Recipe, train_vanilla
 from ffw_fast.version import __version__
 from ffw_fast.workloads import Workload, get_workload
 
 VANILLA = "vanilla.safetensors"
 VANILLA_RECORD = "vanilla.json"
-RESULTS = (CHECKPOINT, PREVIOUS, SCORES, BEST_SCORES, MODEL, METRICS, HISTORY)  # of one extraction from one network
+# Of one extraction from one network.
+RESULTS = (CHECKPOINT, PREVIOUS, SCORES, BEST_SCORES, MODEL, METRICS, HISTORY, EXAMPLES, REPORT)
 STAGING = ".writing-"
 MAY_DIFFER = (  # between resumed runs
-    "settings", "max_epochs", "samples", "input_shape", "device", "versions", "machine", "backend"
+    "title", "settings", "max_epochs", "samples", "input_shape", "device", "versions", "machine", "backend"
 )  # fmt: skip
 SHUFFLES = 10  # of the labels, for the floor of the MI
 
@@ -151,7 +156,7 @@ def _run_locked(request: Request, config: dict[str, Any], progress: Progress) ->
         "bias_names": names,
         "validation": found.metrics,
     }
-    _write_results(request.out, found, config, metrics)
+    _write_results(request.out, found, config, metrics, splits.test)
     if not complete:
         raise KeyboardInterrupt
     return metrics
@@ -300,12 +305,17 @@ def _clear_results(out: Path) -> None:
         (out / name).unlink(missing_ok=True)
 
 
-def _write_results(out: Path, found: Extraction, config: dict[str, Any], metrics: dict[str, Any]) -> None:
+def _write_results(
+    out: Path, found: Extraction, config: dict[str, Any], metrics: dict[str, Any], test: Samples
+) -> None:
     """Write the extraction and the run's own records beside it, then move all of it into the folder at once."""
     with TemporaryDirectory(dir=out, prefix=STAGING) as staging:
         found.save(staging)
+        if examples := explain({"vanilla": found.dense_model.eval(), "pruned": found.model()}, test):
+            write_tensors(Path(staging) / EXAMPLES, examples)
         write_json(Path(staging) / CONFIG, config)
         write_json(Path(staging) / METRICS, metrics)
+        (out / REPORT).unlink(missing_ok=True)  # it is of what stood here before
         for path in sorted(Path(staging).iterdir(), key=lambda path: path.name == METRICS):  # it comes last
             path.replace(out / path.name)
         sync_folder(out)
@@ -315,6 +325,7 @@ def _config(request: Request) -> dict[str, Any]:
     """What was asked for, and of which software on which machine."""
     return {
         "workload": request.workload.name,
+        "title": request.workload.title,
         "seed": request.seed,
         "data_dir": request.data_dir and os.path.abspath(request.data_dir),
         "data_options": request.data_options,
@@ -467,7 +478,8 @@ def leakage(
     """Task accuracy of a network and what private heads, fitted afresh on its features, read of the biases.
 
     Heads are fitted on ``train`` and measured on ``test``. ``bias_mi_floor`` is the MI of the same predictions with
-    shuffled labels: what the formula gives where there is nothing to read.
+    shuffled labels: what the formula gives where there is nothing to read. ``biasedness`` and ``output_mi`` are of the
+    network's own answers: see ``ffw_fast.theory``.
     """
     device = next(network.parameters()).device
     train, test = train.to(device), test.to(device)
@@ -477,12 +489,21 @@ def leakage(
     )
     heads.fit_on(train, lambda x: _outputs(network, bottleneck, x)[1])
     head_logits = heads.logits(test_features)
-    groups = evaluate_predictions(logits.argmax(1).cpu(), test.y.cpu(), test.b.cpu())
+    predictions, biases = logits.argmax(1).cpu(), test.b.cpu()
+    groups = evaluate_predictions(predictions, test.y.cpu(), biases)
+    classes = max(logits.shape[1], num_bias_classes)
     return {
         **measure(logits, head_logits, test.y, test.b, sparsity).as_dict(),
         "bias_mi_floor": information_floor(head_logits, test.b, seed),
+        "biasedness": [_known(biasedness(predictions, test.y.cpu(), column)) for column in biases.T],
+        "output_mi": [label_information(column, predictions, classes) for column in biases.T],
         "groups": groups.as_dict(),
     }
+
+
+def _known(value: float) -> float | None:
+    """As JSON has it: None for NaN."""
+    return None if math.isnan(value) else value
 
 
 def _outputs(network: nn.Module, bottleneck: str, x: Inputs) -> tuple[Tensor, Tensor]:

@@ -25,6 +25,7 @@ SMALL = ["--train-size", "300", "--unbiased-size", "200", "--vanilla-epochs", "2
 FILES = {
     "config.json", "metrics.json", "history.csv", "scores.safetensors", "best_scores.safetensors",
     "model.safetensors", "vanilla.safetensors", "vanilla.json", "checkpoint.safetensors",
+    "examples.safetensors",
 }  # fmt: skip
 
 
@@ -50,7 +51,7 @@ def finished(tmp_path_factory) -> Path:
 
 
 def test_a_run_folder_holds_what_is_promised(finished):
-    assert names(finished) == FILES
+    assert names(finished) == FILES | {"report.html"}
     metrics = json.loads((finished / "metrics.json").read_text())
     for network in ("vanilla", "pruned", "best"):
         row = metrics[network]
@@ -106,8 +107,8 @@ def test_the_closing_table_fits_a_terminal_and_tells_the_folder(finished, capsys
     output = capsys.readouterr()
     assert output.err == ""
     lines = output.out.splitlines()
-    assert lines[-1] == f"run folder: {finished}"
-    assert max(len(line.rstrip()) for line in lines[:-1]) <= 80
+    assert lines[-2:] == [f"report: {finished / 'report.html'}", f"run folder: {finished}"]
+    assert max(len(line.rstrip()) for line in lines[:-2]) <= 80
     assert all(line.isascii() for line in lines), "no terminal, no frames"
     for title in (
         "vanilla",

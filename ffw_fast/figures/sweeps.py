@@ -1,0 +1,73 @@
+"""What figures over many runs share: task and bias accuracy against one setting, mean and spread over seeds."""
+
+from collections.abc import Callable
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from ffw_fast.figures.rows import Rows, groups, spread
+from ffw_fast.figures.style import color, label_line, legend, new_axes, new_figure
+from ffw_fast.run_folder import RunFolder, find_runs
+
+SERIES_COLORS = (("pruned", "warm"), ("best", "plum"))  # of task and bias accuracy, for each schedule
+
+
+def run_rows(paths: list[Path], name: str, setting: Callable[[RunFolder], float]) -> Rows:
+    """One row a run: the setting, and what was measured of its vanilla, its pruned and its best network.
+
+    The biases' accuracies are their mean. Runs that were interrupted are left out.
+
+    Raises:
+        ValueError: runs of several workloads, or none that was finished.
+    """
+    runs = [run for run in find_runs(paths) if run.metrics.get("complete", True)]
+    if not runs:
+        raise ValueError(f"no finished run in {', '.join(map(str, paths))}")
+    if len(titles := sorted({run.config.get("workload", run.title) for run in runs})) > 1:
+        raise ValueError(f"runs of several workloads do not go into one figure: {', '.join(titles)}")
+    return sorted((_row(run, name, setting) for run in runs), key=lambda row: (row["schedule"], row[name], row["seed"]))
+
+
+def _row(run: RunFolder, name: str, setting: Callable[[RunFolder], float]) -> dict[str, Any]:
+    row = {"schedule": run.settings["schedule"], name: setting(run), "seed": run.settings["seed"], "chance": run.chance}
+    for network, found in run.networks.items():
+        row[f"{network}_task_accuracy"] = found["task_accuracy"]
+        row[f"{network}_bias_accuracy"] = mean(found["bias_accuracy"])
+        row[f"{network}_sparsity"] = found["sparsity"]
+    return row
+
+
+def draw_against(rows: Rows, name: str, label: str, logarithmic: bool = False) -> Figure:
+    """Task and bias accuracy of the pruned network, a line for each schedule; the vanilla network's are dotted."""
+    figure = new_figure(3.2)
+    (axes,) = new_axes(figure)
+    for (schedule, own), hues in zip(groups(rows, "schedule").items(), SERIES_COLORS, strict=False):
+        for kind, hue in zip(("task", "bias"), hues, strict=True):
+            draw_spread(axes, own, name, f"pruned_{kind}_accuracy", color(hue), f"{kind}, {schedule}")
+    for kind, style in (("task", ":"), ("bias", "--")):
+        points = [
+            (x, spread(row[f"vanilla_{kind}_accuracy"] for row in own)[0]) for x, own in groups(rows, name).items()
+        ]
+        points.sort()
+        axes.plot(*zip(*points, strict=True), style, color=color("vanilla"), linewidth=1.2, label=f"{kind}, vanilla")
+    label_line(axes, rows[0]["chance"], "chance")
+    if logarithmic:
+        axes.set_xscale("log")
+        ticks = sorted(groups(rows, name))
+        axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+        axes.minorticks_off()
+    axes.set(xlabel=label, ylabel="accuracy", ylim=(0, 1.02))
+    legend(axes, columns=2)
+    return figure
+
+
+def draw_spread(axes: Axes, rows: Rows, x: str, y: str, hue: str, label: str) -> None:
+    """Mean of y at every x as a line with dots, and one standard deviation around it."""
+    points = [(at, *spread(row[y] for row in own)) for at, own in sorted(groups(rows, x).items())]
+    places, means, deviations = (list(column) for column in zip(*points, strict=True))
+    axes.plot(places, means, "o-", color=hue, label=label)
+    low, high = ([m + sign * d for m, d in zip(means, deviations, strict=True)] for sign in (-1, 1))
+    axes.fill_between(places, low, high, color=hue, alpha=0.15, linewidth=0)

@@ -1,0 +1,44 @@
+"""Accuracy and leakage against the number of different digits in the unbiased set, over several comparisons."""
+
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+from ffw_fast.figures.comparisons import read_comparison
+from ffw_fast.figures.rows import Rows, groups
+from ffw_fast.figures.style import label_line, new_axes, new_figure, series_color
+from ffw_fast.figures.sweeps import draw_spread
+
+LEFT_OUT = ("vanilla", "magnitude pruning")  # they do not use the unbiased set
+
+
+def numbers(paths: list[Path]) -> Rows:
+    """One row for each comparison, method and seed. ``ValueError`` where a comparison does not tell its digits."""
+    rows: Rows = []
+    for path in paths:
+        identity, found = read_comparison(path)
+        digits = (identity.get("data_options") or {}).get("unbiased_digits")
+        if digits is None:
+            raise ValueError(f"the comparison in {path} was made without --unbiased-digits")
+        rows += [{"unbiased_digits": digits, **row} for row in found if row["family"] not in LEFT_OUT]
+    return rows
+
+
+def draw(rows: Rows) -> Figure:
+    """Two panels over the number of digits: task accuracy, and the mean accuracy of the heads."""
+    figure = new_figure(4.4, 5.4)
+    panels = new_axes(figure, 2, 1, sharex=True)
+    digits = sorted(groups(rows, "unbiased_digits"))
+    for axes, column, title in zip(
+        panels, ("task_accuracy", "bias_accuracy"), ("task", "bias, by a head"), strict=True
+    ):
+        for index, (method, own) in enumerate(groups(rows, "method").items()):
+            draw_spread(axes, own, "unbiased_digits", column, series_color(index), method)
+        axes.set(ylabel=title, ylim=(0, 1.02), xscale="log")
+    label_line(panels[1], rows[0]["chance"], "chance")
+    panels[1].set_xticks(digits, [str(count) for count in digits])
+    panels[1].minorticks_off()
+    panels[1].set_xlabel("different digits in the unbiased set")
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper left", ncols=2, frameon=False, fontsize=8.5, handlelength=1.4)
+    return figure

@@ -1,0 +1,108 @@
+"""Reads what runs left in their folders, for figures and the report."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ffw_fast.extraction import BEST_SCORES, CONFIG, HISTORY, METRICS, SCORES, read_history
+from ffw_fast.files import read_json, read_tensors
+
+EXAMPLES = "examples.safetensors"
+REPORT = "report.html"
+NETWORKS = ("vanilla", "pruned", "best")
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """A folder that ``ffw-fast run`` or ``Extraction.save`` wrote. Whatever is damaged raises ``ValueError``."""
+
+    path: Path
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        return read_json(self.path / CONFIG)
+
+    @cached_property
+    def metrics(self) -> dict[str, Any]:
+        return read_json(self.path / METRICS)
+
+    @cached_property
+    def history(self) -> list[dict[str, Any]]:
+        """One row an epoch, as in ``Extraction.history``."""
+        return read_history(self.path / HISTORY)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return self.config["settings"]
+
+    @property
+    def title(self) -> str:
+        return self.config.get("title") or self.config.get("workload") or "Extraction"
+
+    @property
+    def chance(self) -> float:
+        """The accuracy of a head that has nothing to read."""
+        return 1 / self.settings["num_bias_classes"]
+
+    @property
+    def networks(self) -> dict[str, dict[str, Any]]:
+        """The measured networks of ``metrics.json`` by name."""
+        return {name: self.metrics[name] for name in NETWORKS if name in self.metrics}
+
+    @property
+    def bias_names(self) -> list[str]:
+        """What the biases are called, in the order of their columns."""
+        count = len(next(iter(self.networks.values()))["bias_accuracy"])
+        names = self.metrics.get("bias_names", [])
+        return (
+            names if len(names) == count else [f"bias {index + 1}" if count > 1 else "bias" for index in range(count)]
+        )
+
+    def scores(self, best: bool = False) -> dict[str, Tensor]:
+        """Scores by layer name, of the last epoch or the best ones."""
+        return read_tensors(self.path / (BEST_SCORES if best else SCORES))[0]
+
+    def examples(self) -> dict[str, Tensor]:
+        """What ``ffw_fast.attribution.explain`` gave; empty where the data are no images."""
+        path = self.path / EXAMPLES
+        return read_tensors(path)[0] if path.exists() else {}
+
+
+def open_run(folder: Path) -> RunFolder:
+    """The folder, checked.
+
+    Raises:
+        FileNotFoundError: it holds no run.
+        ValueError: its configuration, metrics or history are damaged.
+    """
+    if missing := [name for name in (CONFIG, METRICS, HISTORY) if not (folder / name).is_file()]:
+        raise FileNotFoundError(f"{folder} is no run folder: it has no {', '.join(missing)}")
+    run = RunFolder(folder)
+    settings = run.config.get("settings")
+    if not isinstance(settings, dict) or not isinstance(settings.get("num_bias_classes"), int):
+        raise ValueError(f"{folder / CONFIG} does not hold the settings of an extraction")
+    if not run.networks or any("bias_accuracy" not in network for network in run.networks.values()):
+        raise ValueError(f"{folder / METRICS} does not hold the metrics of an extraction")
+    if not run.history:
+        raise ValueError(f"{folder / HISTORY} holds no epoch")
+    return run
+
+
+def find_runs(paths: Iterable[Path]) -> list[RunFolder]:
+    """All run folders at and below the paths, in the order of their names; ``FileNotFoundError`` if there are none."""
+    paths = list(paths)
+    found = [run for path in paths for run in _runs_below(path)]
+    if not found:
+        raise FileNotFoundError(f"no run folder in {', '.join(map(str, paths))}: none holds {CONFIG} and {METRICS}")
+    return found
+
+
+def _runs_below(path: Path) -> Iterator[RunFolder]:
+    for metrics in sorted(path.rglob(METRICS)):
+        if all((metrics.parent / name).is_file() for name in (CONFIG, HISTORY)):
+            yield open_run(metrics.parent)
+

