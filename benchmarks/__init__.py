@@ -6,6 +6,7 @@ BENCHES = {
     "masked_layers": "MaskedConv2d and MaskedLinear against the dense layers: the ratio per shape",
     "growth": "how time and peak memory grow with samples, parameters, batch size and threads",
     "fft_conv": "SimpleConvNet's convolutions by FFT against direct ones",
+    "bise": "the full schedule of BISE against its reference",
     "roofline": "Table 8 on an A100, on paper: floors of all kernels and a projection, without a GPU",
     "gpu": "on a CUDA machine: build, kernel tests, operators and Table 8; --dry on the CPU",
     "cooling": "what a fall of T does to the gates: the published tenfold cut beside the adaptive schedule",

@@ -31,7 +31,7 @@ from ffw_fast.run import Request, check_folder, load_run, prepare_vanilla, run_w
 from ffw_fast.run_lock import locked
 from ffw_fast.run_state import CHECKPOINT
 from ffw_fast.schedule import SCHEDULES
-from ffw_fast.settings import PRECISIONS
+from ffw_fast.settings import METHODS, PRECISIONS
 from ffw_fast.sizes import SIZES, compare_sizes, sizes_table
 from ffw_fast.summary import metrics_table, print_table
 from ffw_fast.sweep import FINISHED, TABLE, Trial, sweep, sweep_table, trial_name
@@ -42,7 +42,8 @@ DEFAULT = "(default: %(default)s)"
 ERRORS = (ValueError, TypeError, OSError, ImportError, FloatingPointError)
 COMPACT = "compact.safetensors"
 EXTRACTION_OPTIONS = (
-    "gamma", "alpha", "gate", "granularity", "schedule", "anneal_rate", "max_epochs", "batch_size", "precision", "where"
+    "method", "gamma", "alpha", "gate", "granularity", "schedule", "anneal_rate", "max_epochs", "batch_size",
+    "precision", "where", "correlations", "aligned",
 )  # fmt: skip
 
 SINGLE = ("out", "data_dir", "device", "processes", "threads", "retries", "address")  # take one value in a sweep
@@ -161,6 +162,11 @@ def _add_run(commands: Commands) -> None:
 
 
 def _add_run_options(parser: argparse.ArgumentParser) -> None:
+    choose = parser.add_argument
+    choose("--correlations", type=float, nargs="+", metavar="RHO", help="BISE: of each bias and the target")
+    choose("--aligned", type=int, nargs="+", metavar="B", help="BISE: the bias label that goes with each target")
+    choose("--without-val", action="store_true", help="BISE: no unbiased validation set; the last scores are the best")
+    choose("--guess-bias", action="store_true", help="BISE: bias labels are what a network answers after one epoch")
     parser.add_argument(
         "--resume", action="store_true", help="continue from the run folder's checkpoint, where there is one"
     )
@@ -187,17 +193,22 @@ def _add_setting(parser: argparse.ArgumentParser, gamma: float) -> None:
     """What one extraction differs in from another of the same workload."""
     add = _adder(parser)
     add("--seed", int, 0, "N", "seed of data, networks, heads and orders")
-    add("--gamma", float, gamma, "W", "weight of the mutual information in the objective")
-    parser.add_argument(
-        "--schedule", choices=SCHEDULES, default="published", help=f"how the temperature falls {DEFAULT}"
+    choose = parser.add_argument
+    choose("--method", choices=METHODS, default="ffw", help=f"from the unbiased or from the biased set {DEFAULT}")
+    choose(
+        "--gamma",
+        type=float,
+        metavar="W",
+        help=f"weight of the mutual information in the objective (default: {gamma:g}, BISE 1)",
     )
+    choose("--schedule", choices=SCHEDULES, help="how the temperature falls (default: published, BISE halving)")
 
 
 def _add_compare(commands: Commands) -> None:
     compare = commands.add_parser(
         "compare",
-        help="FFW beside its baselines over seeds: task accuracy, leakage, sparsity, time",
-        description="Compares the vanilla network, magnitude pruning, DFR, training on the unbiased set and FFW.",
+        help="FFW and BISE beside baselines over seeds: task accuracy, leakage, sparsity, time",
+        description="Compares the vanilla network, magnitude pruning, DFR, training on the unbiased set, FFW and BISE.",
         usage="ffw-fast compare WORKLOAD [options]",
         epilog="ffw-fast compare WORKLOAD --help shows the options of a workload.",
     )
@@ -209,6 +220,7 @@ def _add_compare(commands: Commands) -> None:
             ("--gammas", float, [1, 10], None, "weights of the mutual information in FFW"),
             ("--schedules", str, ["published", "adaptive"], SCHEDULES, "how the temperature falls in FFW"),
             ("--granularities", str, None, GRANULARITIES, "several instead of --granularity"),
+            ("--methods", str, ["ffw", "bise"], METHODS, "beside the baselines"),
         ):
             shown = f" (default: {' '.join(map(str, values))})" if values else ""
             parser.add_argument(
@@ -289,8 +301,8 @@ def _add_common_options(parser: argparse.ArgumentParser, out: str, batch_size: i
     add("--out", str, out, "DIR", "the folder of results")
     add("--max-epochs", int, 200, "N", "epochs of the extraction at most")
     add("--alpha", float, 1.0, "W", "weight of the cross-entropy in the objective")
-    choose("--gate", choices=GATES, default="ffw", help=f"kind of gate {DEFAULT}")
-    choose("--granularity", choices=GRANULARITIES, default="weight", help=f"what a gate belongs to {DEFAULT}")
+    choose("--gate", choices=GATES, help="kind of gate (default: ffw, BISE hard)")
+    choose("--granularity", choices=GRANULARITIES, help="what a gate belongs to (default: weight, BISE channel)")
     choose("--where", metavar="PATTERNS", help="with channel gates: of which layers, such as 'layer1.*, layer2.*'")
     add("--anneal-rate", float, 1e-4, "RATE", "how far the adaptive schedule moves the mean gate in a step at most")
     add("--batch-size", int, batch_size, "N", "samples a step, of gates and heads, and of the validation MI")
@@ -323,6 +335,8 @@ def _request(options: argparse.Namespace) -> Request:
         vanilla_epochs=given.get("vanilla_epochs"),
         device=options.device,
         resume=given.get("resume", False),
+        guess_bias=given.get("guess_bias", False),
+        without_val=given.get("without_val", False),
     )
 
 
@@ -405,8 +419,8 @@ def _report_run(out: str) -> None:
 
 def _compare(options: argparse.Namespace) -> int:
     request = _request(options)
-    granularities = options.granularities or [options.granularity]
-    settings = all_settings(options.schedules, options.gammas, granularities)
+    granularities = options.granularities or [options.granularity or "weight"]
+    settings = all_settings(options.methods, options.schedules, options.gammas, granularities)
     with make_progress(not options.quiet) as progress:
         rows = compare(request, options.seeds, settings, progress)
     print_table(comparison_table(rows, request.workload.bias_names))

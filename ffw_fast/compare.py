@@ -1,25 +1,28 @@
-"""FFW beside what it is up against, over seeds: what each network does, what still leaks, and what it took."""
+"""FFW and BISE beside what they are up against, over seeds: what each network does, what leaks, and what it took."""
 
 import json
 import os
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields, replace
-from functools import partial
+from functools import cached_property, partial
 from itertools import product
 from statistics import mean, stdev
 from typing import Any
 
+import torch
 from rich.table import Table
 from torch import nn
 
 from ffw_fast.baselines import MAGNITUDE_SPARSITIES, prune_by_magnitude, refit_last_layer, train_on_unbiased
-from ffw_fast.data.samples import Splits
+from ffw_fast.compact import compact
+from ffw_fast.data.samples import Inputs, Splits
 from ffw_fast.extract import extract
-from ffw_fast.extraction import masks_of, sparsity
+from ffw_fast.extraction import Extraction, sparsity
 from ffw_fast.files import read_json, write_json
 from ffw_fast.progress import Progress
-from ffw_fast.run import Request, leakage, trained_vanilla
+from ffw_fast.run import Request, extraction_task, leakage, trained_vanilla
 from ffw_fast.settings import Settings
 
 BASELINE_STEPS = 3600  # of the baselines that train on the unbiased set; the best epoch by validation is kept
@@ -33,8 +36,11 @@ class Setting:
     schedule: str
     gamma: float
     granularity: str = "weight"
+    method: str = "ffw"
 
     def __str__(self) -> str:
+        if self.method == "bise":
+            return "BISE"
         kind = "" if self.granularity == "weight" else f" {self.granularity} gates,"
         return f"FFW{kind} {self.schedule}, gamma {self.gamma:g}"
 
@@ -62,8 +68,9 @@ def compare(
             if any(row["seed"] == seed for row in done):
                 continue
             started = time.perf_counter()
-            network, removed, epochs = make()
+            made = make()
             seconds = time.perf_counter() - started
+            network = made.network
             row = leakage(
                 network,
                 ours.settings.bottleneck,
@@ -72,9 +79,10 @@ def compare(
                 splits.test,
                 seed=seed,
                 batch_size=ours.settings.batch_size,
-                sparsity=removed,
+                sparsity=made.sparsity,
             )
-            done.append({"seed": seed, **row, "seconds": seconds, "epochs": epochs})
+            row |= {"seconds": seconds, "epochs": made.epochs, "needs": made.needs}
+            done.append({"seed": seed, **row, "macs": macs(network, splits.test.x)})
             write_json(path, {"identity": identity, "methods": rows})
     return rows
 
@@ -93,7 +101,14 @@ def _identity(request: Request) -> dict[str, Any]:
     }
 
 
-Made = tuple[nn.Module, float, int]  # the network, its sparsity, the epochs that it took
+@dataclass(frozen=True)
+class Made:
+    """What a method gave: the network, its sparsity, the epochs that it took, and the data that it needed."""
+
+    network: nn.Module
+    sparsity: float = 0.0
+    epochs: int = 0
+    needs: str = "biased"
 
 
 def _methods(
@@ -104,36 +119,74 @@ def _methods(
     train, val = splits.train, splits.val
     epochs = max(1, BASELINE_STEPS // -(-len(train.y) // base.batch_size))
 
-    yield "vanilla", lambda: (vanilla, 0.0, 0)
+    unbiased = f"{len(train.y)} + {len(val.y)} unbiased"
+
+    def trained(function: Callable[..., nn.Module], model: nn.Module) -> Made:
+        return Made(function(model, train, val, base, epochs), 0.0, epochs, unbiased)
+
+    yield "vanilla", lambda: Made(vanilla)
     for share in MAGNITUDE_SPARSITIES:
         yield f"magnitude {share:g}", partial(_by_magnitude, vanilla, share)
-    yield "DFR", lambda: (refit_last_layer(vanilla, train, val, base, epochs), 0.0, epochs)
-    yield "all weights fine-tuned", lambda: (train_on_unbiased(vanilla, train, val, base, epochs), 0.0, epochs)
+    yield "DFR", lambda: trained(refit_last_layer, vanilla)
+    yield "all weights fine-tuned", lambda: trained(train_on_unbiased, vanilla)
     fresh = request.workload.build_model(request.seed)
-    yield "trained on the unbiased set alone", lambda: (train_on_unbiased(fresh, train, val, base, epochs), 0.0, epochs)
+    yield "trained on the unbiased set alone", lambda: trained(train_on_unbiased, fresh)
     for setting in settings:
-        found: list[Any] = []  # the extraction, shared by the two rows made of it
+        extraction = _Extracted(request, splits, vanilla, setting, progress)
+        yield str(setting), extraction.pruned
+        yield f"{setting}, fine-tuned", extraction.tuned
 
-        def extracted(setting: Setting = setting, found: list[Any] = found) -> Any:
-            if not found:
-                given = {**base.as_dict(), **asdict(setting)}
-                found.append(extract(vanilla, train, val, progress=progress, **given))
-            return found[0]
 
-        def pruned(extracted: Callable[[], Any] = extracted) -> Made:
-            result = extracted()
-            return result.model(), sparsity(masks_of(result.scores)), len(result.history)
+class _Extracted:
+    """An extraction, done once it is asked for, and the two networks made of it.
 
-        def tuned(extracted: Callable[[], Any] = extracted) -> Made:
-            result = extracted()
-            return result.finetune(train, val), sparsity(masks_of(result.scores)), len(result.history)
+    They are of FFW's last scores, and of the scores that BISE selected on the validation set.
+    """
 
-        yield str(setting), pruned
-        yield f"{setting}, fine-tuned", tuned
+    def __init__(
+        self, request: Request, splits: Splits, vanilla: nn.Module, setting: Setting, progress: Progress
+    ) -> None:
+        self.task = extraction_task(replace(request, extraction={**request.extraction, **asdict(setting)}), splits)
+        self.vanilla, self.progress = vanilla, progress
+        self.best = setting.method == "bise"
+        biased, val = len(self.task.train.y), len(splits.val.y)
+        self.needs = f"{biased} biased, {val} unbiased to select" if self.best else f"{biased} + {val} unbiased"
+
+    @cached_property
+    def found(self) -> Extraction:
+        task = self.task
+        return extract(self.vanilla, task.train, task.val, progress=self.progress, **task.settings.as_dict())
+
+    def pruned(self) -> Made:
+        return self._made(self.found.model(self.best))
+
+    def tuned(self) -> Made:
+        return self._made(self.found.finetune(self.task.train, self.task.val, best=self.best))
+
+    def _made(self, network: nn.Module) -> Made:
+        masks = self.found.best_masks if self.best else self.found.masks
+        return Made(network, sparsity(masks), len(self.found.history), self.needs)
 
 
 def _by_magnitude(vanilla: nn.Module, share: float) -> Made:
-    return prune_by_magnitude(vanilla, share), share, 0
+    return Made(prune_by_magnitude(vanilla, share), share)
+
+
+@torch.no_grad()
+def macs(network: nn.Module, x: Inputs) -> int | None:
+    """Multiply-accumulate operations a sample of the compacted network; None without the extra that compacts."""
+    from torch.utils.flop_counter import FlopCounterMode  # imports Triton, which takes a while
+
+    example = x[:2].to(next(network.parameters()))
+    try:
+        with warnings.catch_warnings(), torch.enable_grad():
+            warnings.simplefilter("ignore")  # of layers that stay whole
+            small = compact(network, example)
+    except ImportError:
+        return None
+    with FlopCounterMode(display=False) as counter:
+        small(example[:1])
+    return counter.get_total_flops() // 2
 
 
 def comparison_table(rows: dict[str, list[dict[str, Any]]], bias_names: tuple[str, ...]) -> Table:
@@ -143,8 +196,12 @@ def comparison_table(rows: dict[str, list[dict[str, Any]]], bias_names: tuple[st
     table.add_column("network")
     for column in ("task accuracy", "worst group\nof a bias", *(f"{name}\nread by a head" for name in bias_names)):
         table.add_column(column, justify="right")
-    for column in ("sparsity", "epochs", "seconds"):
+    several = len(bias_names) > 1
+    if several:
+        table.add_column("mean of the\ncells", justify="right")
+    for column in ("sparsity", "MACs", "epochs", "seconds"):
         table.add_column(column, justify="right")
+    table.add_column("labelled data")
     for name, found in rows.items():
         biases = [spread([row["bias_accuracy"][index] for row in found]) for index in range(len(bias_names))]
         table.add_row(
@@ -152,11 +209,19 @@ def comparison_table(rows: dict[str, list[dict[str, Any]]], bias_names: tuple[st
             spread([row["task_accuracy"] for row in found]),
             spread([min(row["groups"]["bias_worst_group"]) for row in found]),
             *biases,
+            *([spread([mean(row["groups"]["cells"].values()) for row in found])] if several else []),
             f"{mean(row['sparsity'] for row in found):.2f}",
+            _mean_macs(found),
             f"{mean(row['epochs'] for row in found):.0f}",
             f"{mean(row['seconds'] for row in found):.0f}",
+            found[0].get("needs", "-"),
         )
     return table
+
+
+def _mean_macs(found: list[dict[str, Any]]) -> str:
+    counts = [row["macs"] for row in found if row.get("macs") is not None]
+    return f"{mean(counts):,.0f}" if counts else "-"
 
 
 def spread(values: list[float]) -> str:
@@ -164,7 +229,10 @@ def spread(values: list[float]) -> str:
     return f"{mean(values):.3f} ± {stdev(values):.3f}" if len(values) > 1 else f"{values[0]:.3f}"
 
 
-def all_settings(schedules: list[str], gammas: list[float], granularities: list[str]) -> list[Setting]:
-    """Every combination."""
-    return [Setting(*combination) for combination in product(schedules, gammas, granularities)]
-
+def all_settings(
+    methods: list[str], schedules: list[str], gammas: list[float], granularities: list[str]
+) -> list[Setting]:
+    """Every combination of FFW's, and BISE's own."""
+    ffw = [Setting(*combination) for combination in product(schedules, gammas, granularities)]
+    bise = Setting("halving", 1.0, "channel", "bise")
+    return [*(ffw if "ffw" in methods else []), *([bise] if "bise" in methods else [])]

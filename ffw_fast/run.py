@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ffw_fast import own
 from ffw_fast.attribution import explain
 from ffw_fast.backend import backend_info
+from ffw_fast.bise import guessing_network, with_guessed_bias
 from ffw_fast.data.datasets import stream_note
 from ffw_fast.data.samples import Inputs, Samples, Splits
 from ffw_fast.evaluation import evaluate_predictions
@@ -57,7 +58,8 @@ VANILLA_RECORD = "vanilla.json"
 RESULTS = (CHECKPOINT, PREVIOUS, SCORES, BEST_SCORES, MODEL, METRICS, HISTORY, EXAMPLES, REPORT)
 STAGING = ".writing-"
 MAY_DIFFER = (  # between resumed runs
-    "title", "settings", "max_epochs", "samples", "input_shape", "device", "versions", "machine", "backend"
+    "title", "settings", "correlations", "max_epochs", "samples", "input_shape", "device", "versions", "machine",
+    "backend",
 )  # fmt: skip
 SHUFFLES = 10  # of the labels, for the floor of the MI
 
@@ -71,6 +73,8 @@ class Request:
         data_options: the workload's own options.
         extraction: arguments of ``ffw_fast.extract`` that differ from its defaults.
         vanilla_epochs: of the biased network's training; None for the published number.
+        guess_bias: BISE's bias labels are what a network says that was trained for one epoch.
+        without_val: BISE gets no unbiased validation set.
     """
 
     workload: Workload
@@ -82,8 +86,12 @@ class Request:
     vanilla_epochs: int | None = None
     device: str | None = None
     resume: bool = False
+    guess_bias: bool = False
+    without_val: bool = False
 
     def __post_init__(self) -> None:
+        if (self.guess_bias or self.without_val) and self.extraction.get("method") != "bise":
+            raise ValueError("guessed bias labels and running without a validation set go with method 'bise'")
         if self.vanilla_epochs is not None and self.vanilla_epochs < 1:
             raise ValueError(f"vanilla_epochs must be at least 1, got {self.vanilla_epochs}")
 
@@ -91,9 +99,12 @@ class Request:
     def settings(self) -> Settings:
         """The settings of the extraction; ``ValueError`` where one of them is bad."""
         workload = self.workload
-        defaults = {"gamma": workload.default_gamma, "batch_size": workload.batch_size}
-        given = {**defaults, **self.extraction, "seed": self.seed}
-        return Settings(bottleneck=workload.bottleneck, num_bias_classes=workload.num_bias_classes, **given)
+        given = {name: value for name, value in self.extraction.items() if value is not None}
+        is_bise = given.get("method") == "bise"
+        own = {"where": workload.bise_where} if is_bise else {"gamma": workload.default_gamma}
+        classes = workload.num_classes if self.guess_bias else workload.num_bias_classes
+        basis = {"bottleneck": workload.bottleneck, "num_bias_classes": classes, "batch_size": workload.batch_size}
+        return Settings.of(**{**basis, **own, **given, "seed": self.seed})
 
     @property
     def recipe(self) -> Recipe | None:
@@ -138,12 +149,14 @@ def _run_locked(request: Request, config: dict[str, Any], progress: Progress) ->
             progress.note(stream_note(sets[name], name))
         names = _bias_names(request.workload, splits.train.b.shape[1])
         clock.lap("data")
+        task = extraction_task(request, splits)
+        config["settings"] = task.settings.as_dict()
         vanilla = trained_vanilla(request, splits, progress)
         clock.lap("vanilla")
         if not request.resume:
             _clear_results(request.out)
         write_json(request.out / CONFIG, config)
-        found, complete = _extract_or_reach(request, vanilla, splits, progress)
+        found, complete = _extract_or_reach(request, task, vanilla, progress)
         clock.lap("extraction")
         progress.stage("measurement" if complete else "measurement of what was reached (Ctrl-C leaves at once)")
         metrics = _test_metrics(found, splits, request.seed)
@@ -198,24 +211,55 @@ def is_finished(request: Request) -> bool:
         kept, metrics = read_json(request.out / CONFIG), read_json(request.out / METRICS)
     except (FileNotFoundError, ValueError):  # not begun, or killed while it wrote
         return False
-    return kept.get("settings") == config["settings"] and metrics.get("complete") is True
+    settings = kept.get("settings")
+    if isinstance(settings, dict) and config["settings"]["correlations"] is None:  # the data set's own stand there
+        settings = {**settings, "correlations": None}
+    return settings == config["settings"] and metrics.get("complete") is True
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is extracted from: settings and sets as ``ffw_fast.extract`` takes them."""
+
+    settings: Settings
+    train: Samples
+    val: Samples | None
+
+
+def extraction_task(request: Request, splits: Splits) -> Task:
+    """FFW's unbiased sets; or BISE's biased one, with its correlations where they are known, and one to select by."""
+    settings = request.settings
+    if settings.method != "bise":
+        return Task(settings, splits.train, splits.val)
+    train = splits.train if splits.vanilla is None else splits.vanilla
+    val = None if request.without_val else splits.val
+    if request.guess_bias:
+        recipe = request.recipe
+        if recipe is None:
+            raise ValueError(f"{request.workload.name} has no recipe to train the network that guesses bias labels by")
+        network = request.workload.build_model(request.seed)
+        guesser = guessing_network(network, train, recipe, seed=request.seed, device=request.device)
+        train, val = with_guessed_bias(train, guesser), val and with_guessed_bias(val, guesser)
+    elif settings.correlations is None:
+        settings = replace(settings, correlations=splits.correlations)
+    return Task(settings, train, val)
 
 
 def _extract_or_reach(
-    request: Request, vanilla: nn.Module, splits: Splits, progress: Progress
+    request: Request, task: Task, vanilla: nn.Module, progress: Progress
 ) -> tuple[Extraction, bool]:
     """The extraction, and whether it came to its end: after an interrupt it is what the checkpoint holds, if any."""
-    settings = request.settings
+    settings = task.settings
     try:
-        return _extract(request, settings, vanilla, splits, progress), True
+        return _extract(request, task, vanilla, progress), True
     except Terminated:  # whoever sends SIGTERM sends SIGKILL next
         raise
     except KeyboardInterrupt:
         checkpoint = request.out / CHECKPOINT
         if not checkpoint.exists():
             raise
-        ended = replace(settings, max_epochs=_epochs_done(checkpoint))
-        found = _extract(replace(request, resume=True), ended, vanilla, splits, Progress())
+        ended = replace(task, settings=replace(settings, max_epochs=_epochs_done(checkpoint)))
+        found = _extract(replace(request, resume=True), ended, vanilla, Progress())
         return replace(found, settings=settings), False
 
 
@@ -224,17 +268,15 @@ def _epochs_done(checkpoint: Path) -> int:
         return len(json.loads(file.metadata()["record"])["history"])
 
 
-def _extract(
-    request: Request, settings: Settings, vanilla: nn.Module, splits: Splits, progress: Progress
-) -> Extraction:
+def _extract(request: Request, task: Task, vanilla: nn.Module, progress: Progress) -> Extraction:
     return extract(
         vanilla,
-        splits.train,
-        splits.val,
+        task.train,
+        task.val,
         run_dir=request.out,
         resume=request.resume,
         progress=progress,
-        **settings.as_dict(),
+        **task.settings.as_dict(),
     )
 
 
@@ -331,6 +373,8 @@ def _config(request: Request) -> dict[str, Any]:
         "data_options": request.data_options,
         "vanilla_recipe": _as_json(request.recipe),
         "settings": request.settings.as_dict(),
+        "guess_bias": request.guess_bias,
+        "without_val": request.without_val,
         "device": request.device or "cpu",
         "versions": {"ffw_fast": __version__, "torch": torch.__version__, "python": platform.python_version()},
         "machine": {

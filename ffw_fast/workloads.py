@@ -47,6 +47,7 @@ class Workload:
     num_bias_classes: int = 10
     batch_size: int = 100  # of FFW
     default_gamma: float = 10.0
+    bise_where: str | None = None  # the layers whose channels BISE gates; None: all that can be
 
     def build_model(self, seed: int) -> nn.Module:
         """The network, freshly initialised on the CPU; the global generators are left alone."""
@@ -137,6 +138,7 @@ _CELEBA = Workload(
     ),
     num_classes=2,
     num_bias_classes=2,
+    bise_where="layer*",  # the stem is free
 )
 
 _CORRUPTED_CIFAR10 = Workload(
@@ -155,6 +157,7 @@ _CORRUPTED_CIFAR10 = Workload(
         _TRAIN_SIZE,
         _UNBIASED_SIZE,
     ),
+    bise_where="layer*",
 )
 
 WORKLOADS: dict[str, Workload] = {

@@ -66,15 +66,18 @@ def test_compare_keeps_what_is_done_and_shows_every_method(tmp_path, capsys, mon
         "trained on the unbiased set alone",
         "FFW adaptive, gamma 1",
         "FFW adaptive, gamma 1, fine-tuned",
+        "BISE",
+        "BISE, fine-tuned",
     ]
     for name, rows in both.items():
         assert [row["seed"] for row in rows] == [1, 2]
         assert rows[0] == first[name][0], "what was there is not computed again"
         assert name in shown
+    assert both["BISE"][0]["needs"] == "200 biased, 2000 unbiased to select"
 
 
 def test_every_combination_of_settings_is_a_row():
-    settings = all_settings(["published", "adaptive"], [1.0, 10.0], ["weight", "channel"])
+    settings = all_settings(["ffw"], ["published", "adaptive"], [1.0, 10.0], ["weight", "channel"])
     assert len({str(setting) for setting in settings}) == len(settings) == 8
     assert str(Setting("published", 10.0)) == "FFW published, gamma 10"
     assert str(Setting("adaptive", 1.0, "channel")) == "FFW channel gates, adaptive, gamma 1"

@@ -145,4 +145,5 @@ def color_splits(
         colored_unbiased("val", digits.val, len(digits.val) * sizes.unbiased_copies),
         colored_unbiased("test", digits.test, len(digits.test) * sizes.unbiased_copies),
         pool,
+        correlations=tuple(rhos),
     )

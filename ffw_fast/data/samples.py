@@ -1,7 +1,7 @@
 """What a data set is once it is loaded: inputs with their labels, and four sets of them."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple, TypeAlias
 
 import torch
@@ -65,6 +65,8 @@ class Splits:
     val: Samples
     test: Samples
     pool: Samples | None = None
+    # Of each bias and the target in the biased set, where it is known.
+    correlations: tuple[float, ...] | None = field(default=None, kw_only=True)
 
     @property
     def for_heads(self) -> Samples:
