@@ -39,7 +39,7 @@ from ffw_fast.version import __version__
 from ffw_fast.workloads import WORKLOADS, Workload
 
 DEFAULT = "(default: %(default)s)"
-ERRORS = (ValueError, TypeError, OSError, ImportError, FloatingPointError)
+ERRORS = (ValueError, TypeError, OSError, ImportError, FloatingPointError, MemoryError)
 COMPACT = "compact.safetensors"
 EXTRACTION_OPTIONS = (
     "method", "gamma", "alpha", "gate", "granularity", "schedule", "anneal_rate", "max_epochs", "batch_size",

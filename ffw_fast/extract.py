@@ -2,17 +2,19 @@
 
 import os
 import time
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ffw_fast import bise
+from ffw_fast import bise, cautions
 from ffw_fast.data.datasets import reading_note
 from ffw_fast.data.samples import Inputs, Samples
 from ffw_fast.extraction import Extraction, masks_of, weight_sparsity
+from ffw_fast.failures import first_bad_step, memory_errors_explained
 from ffw_fast.files import digest
 from ffw_fast.gated_network import GatedNetwork
 from ffw_fast.heads import PrivateHeads
@@ -114,7 +116,9 @@ def extract(
 
     Raises:
         ValueError, TypeError: bad input; what was given and expected, before any training.
-        FloatingPointError: a loss that is no longer finite.
+        FloatingPointError: a loss or a score that is no longer finite; at which step and where in the network.
+        MemoryError: out of memory; at which batch size.
+        BlockingIOError: another run uses the run folder.
     """
     settings = Settings.of(
         bottleneck=bottleneck,
@@ -190,7 +194,7 @@ class Loop:
         )
         self.vanilla_heads = self.heads
         self.best_scores = self.gates.scores  # until the first judgement
-        self.metrics: dict[str, Any] = {}
+        self.metrics: dict[str, Any] = {"warnings": []}
         self.best: Measurement | None = None
         self.history: list[dict[str, Any]] = []
         self.seconds = 0.0
@@ -203,14 +207,33 @@ class Loop:
     def run(self, state: RunState, progress: Progress) -> None:
         """All epochs, from the start or from the checkpoint that the state holds."""
         progress.stage("extraction", self.settings.max_epochs)
-        self._take_out_frozen_part()
-        if not state.restore(self):
-            self._start()
-        while len(self.history) < self.settings.max_epochs and not self._has_ended():
-            self._epoch()
-            state.save(self)
-            progress.epoch(self.history[-1])
-        self._finish()
+        with memory_errors_explained("the extraction", self.settings.batch_size, self.gates.scores.device):
+            doubts = list(cautions.of_bottleneck(self.network.module, self.settings.bottleneck, self.train.x[:EXAMPLES]))
+            self._take_out_frozen_part()
+            if not state.restore(self):
+                self._start()
+                self._warn(doubts)
+                state.keep(self)
+            while len(self.history) < self.settings.max_epochs and not self._has_ended():
+                try:
+                    self._epoch()
+                except FloatingPointError as error:
+                    raise FloatingPointError(f"{error}; {self._where_it_began(state)}") from error
+                state.save(self)
+                progress.epoch(self.history[-1])
+            self._finish()
+
+    def _where_it_began(self, state: RunState) -> str:
+        """Runs the epoch again from the last good state, which is what the checkpoint keeps."""
+        assert state.last is not None
+        state.last.load_into(self)
+        steps = (self._step(*batch) for batch in self._batches())
+        return first_bad_step(steps, self.network.module, self.gates, self.heads)
+
+    def _warn(self, doubts: Iterable[str]) -> None:
+        for text in doubts:
+            self.metrics["warnings"].append(text)
+            warnings.warn(text, stacklevel=2)
 
     def _take_out_frozen_part(self) -> None:
         """Run what lies before the first channel gate once for all."""
@@ -226,7 +249,9 @@ class Loop:
         started = time.perf_counter()
         self._refit(self.heads)
         self.vanilla_heads = self.heads.with_fresh_optimizer()
-        self.metrics["vanilla"] = {**self._measure(self.heads, sparsity=0.0).as_dict(), "weight_sparsity": 0.0}
+        vanilla = self._measure(self.heads, sparsity=0.0)
+        self.metrics["vanilla"] = {**vanilla.as_dict(), "weight_sparsity": 0.0}
+        self._warn(cautions.of_vanilla(vanilla, self.val.y, self.val.b))
         self.seconds += time.perf_counter() - started
 
     def _epoch(self) -> None:
@@ -242,14 +267,18 @@ class Loop:
 
     def _train_gates(self) -> dict[str, float]:
         """One pass over the training set: a step of the scores and of the heads for each minibatch."""
-        rows = epoch_order(len(self.train.y), self.settings.seed, GATE_EPOCHS, len(self.history))
         self.totals.zero_()
-        for batch in self.train.batches(rows, self.settings.batch_size):
+        for batch in self._batches():
             self.step_graph(*batch)
-        loss, cross_entropy, information = (self.totals / len(rows)).tolist()  # the one read of an epoch
-        if not torch.isfinite(self.totals).all():
-            raise FloatingPointError(f"the loss is {loss} in epoch {len(self.history) + 1}; the last scores are kept")
+        loss, cross_entropy, information = (self.totals / len(self.train.y)).tolist()  # the one read of an epoch
+        if not torch.isfinite(self.totals).all() or not self.gates.scores.isfinite().all():
+            raise FloatingPointError(f"a loss or a score is no longer finite in epoch {len(self.history) + 1}")
         return {"loss": loss, "cross_entropy": cross_entropy, "train_mi": information}
+
+    def _batches(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """The minibatches (x, y, b) of the next epoch."""
+        rows = epoch_order(len(self.train.y), self.settings.seed, GATE_EPOCHS, len(self.history))
+        return self.train.batches(rows, self.settings.batch_size)
 
     def _counted_step(self, x: Tensor, y: Tensor, b: Tensor) -> None:
         """One minibatch; adds its losses to the totals. Nothing is read back."""
@@ -333,6 +362,7 @@ class Loop:
         started = time.perf_counter()
         if "pruned_task_accuracy" not in self.history[-1]:
             self._judge()
+        self._warn(cautions.of_gates(self.gates, self.optimizer.state[self.gates.gated]["exp_avg_sq"]))
         self.seconds += time.perf_counter() - started
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -42,7 +42,8 @@ class Extraction:
             pruned network was judged ``pruned_task_accuracy`` and ``pruned_bias_accuracy`` (list).
         metrics: ``vanilla``, ``pruned`` and ``best`` on the validation set, each with ``task_accuracy``,
             ``bias_accuracy`` (list), ``bias_mi`` (list), ``sparsity`` (share of the gates that are closed) and
-            ``weight_sparsity`` (share of the Conv and Linear weights that are gone); ``epochs`` and ``seconds``.
+            ``weight_sparsity`` (share of the Conv and Linear weights that are gone); ``epochs``, ``seconds`` and
+            ``warnings``.
         input_shape: of one sample; empty where it is unknown.
     """
 
@@ -53,6 +54,11 @@ class Extraction:
     history: list[dict[str, Any]]
     metrics: dict[str, Any]
     input_shape: tuple[int, ...] = ()
+
+    @property
+    def warnings(self) -> list[str]:
+        """What the run should make one doubt, in plain words: see ``ffw_fast.cautions``."""
+        return list(self.metrics.get("warnings", []))
 
     @property
     def masks(self) -> dict[str, Tensor]:

@@ -125,6 +125,7 @@ def run_workload(request: Request, progress: Progress) -> dict[str, Any]:
     Raises:
         OSError: the folder cannot be written, or another run uses it (BlockingIOError), before any training.
         ValueError, ImportError, FloatingPointError: bad settings or data, a missing extra, a loss that diverges.
+        MemoryError: out of memory; at which batch size.
         KeyboardInterrupt: see above.
     """
     config = _config(request)
@@ -167,6 +168,7 @@ def _run_locked(request: Request, config: dict[str, Any], progress: Progress) ->
         "stages": clock.laps,
         "complete": complete,
         "bias_names": names,
+        "warnings": found.warnings,
         "validation": found.metrics,
     }
     _write_results(request.out, found, config, metrics, splits.test)

@@ -76,7 +76,7 @@ def test_pruning_stays_within_the_named_layers():
 
 def test_metrics_and_history():
     result = find(max_epochs=3)
-    assert set(result.metrics) == {"vanilla", "pruned", "best", "epochs", "seconds"}
+    assert set(result.metrics) == {"vanilla", "pruned", "best", "epochs", "seconds", "warnings"}
     for name in ("vanilla", "pruned", "best"):
         measured = result.metrics[name]
         assert set(measured) == {"task_accuracy", "bias_accuracy", "bias_mi", "sparsity", "weight_sparsity"}

@@ -1,0 +1,88 @@
+"""What a run should make one doubt, in plain words: nothing to remove, nothing to find, a bottleneck beside the way.
+
+Each function gives the warnings that hold, none where all is well. They end up in ``Extraction.warnings``.
+"""
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from ffw_fast.gated_network import FlatGates, bottleneck_module
+from ffw_fast.measure import Measurement
+
+DEVIATIONS = 2.0  # of an accuracy at chance from it, by chance
+MOST_WITHOUT_GRADIENT = 0.5  # share of the gates
+
+
+def of_vanilla(vanilla: Measurement, y: Tensor, b: Tensor) -> Iterator[str]:
+    """Of the biased network as it is, on unbiased samples with targets y (n,) and biases b (n, heads)."""
+    if vanilla.task_accuracy <= highest_by_chance(y):
+        yield (
+            f"the biased network's accuracy on unbiased samples is at chance ({vanilla.task_accuracy:.3f}): the bias "
+            "is all that it learned, so there may be no unbiased sub-network to find"
+        )
+    for index, accuracy in enumerate(vanilla.bias_accuracy):
+        if accuracy <= highest_by_chance(b[:, index]):
+            yield (
+                f"the private head of bias {index} does not beat chance on the biased network ({accuracy:.3f}): there "
+                "is nothing of this bias to remove, or its labels are not those of the samples"
+            )
+
+
+def highest_by_chance(labels: Tensor) -> float:
+    """What an accuracy that knows only the most frequent label may reach, up to two standard deviations."""
+    share = int(labels.bincount().max()) / len(labels)
+    return share + DEVIATIONS * math.sqrt(share * (1 - share) / len(labels))
+
+
+@torch.no_grad()
+def of_bottleneck(network: nn.Module, bottleneck: str, x: Tensor) -> Iterator[str]:
+    """Of what flows through the bottleneck of a network in eval mode, seen on a few samples x (n, ...)."""
+    kept: list[Tensor] = []
+
+    def hold_fixed(_module: nn.Module, _inputs: tuple, output: Tensor) -> Tensor:
+        """Every sample gets the features of the first."""
+        kept.append(output)
+        return output[:1].expand_as(output).clone()
+
+    logits = network(x)
+    handle = bottleneck_module(network, bottleneck).register_forward_hook(hold_fixed)
+    try:
+        fixed = network(x)
+    finally:
+        handle.remove()
+    tolerance = 1e-3 * float(logits.abs().max())
+    if not _same(fixed, fixed[:1].expand_as(fixed), tolerance):
+        yield (
+            f"bottleneck {bottleneck!r} feeds only a part of the network: with its output held fixed the logits still "
+            "differ between samples, so that the bias may reach them around it"
+        )
+    if _same(fixed, logits, tolerance) and not _same(kept[0], kept[0][:1].expand_as(kept[0]), 0.0):
+        yield (
+            f"the logits do not depend on bottleneck {bottleneck!r}: whatever is removed there, the network's answers "
+            "stay as they are"
+        )
+
+
+def _same(once: Tensor, again: Tensor, tolerance: float) -> bool:
+    return bool(((once - again).abs() <= tolerance).all())
+
+
+def of_gates(gates: FlatGates, second_moments: Tensor) -> Iterator[str]:
+    """Of gates that never got a gradient: Adam's second moments, flat as the scores, are exactly 0 there."""
+    silent = {name: (view == 0).double().mean().item() for name, view in gates.views(second_moments).items()}
+    counts = {name: shape.numel() for name, shape in gates.shapes.items()}
+    for name, share in silent.items():
+        if share == 1:
+            yield (
+                f"no gate of layer {name!r} ever got a gradient, so nothing of it is pruned: its weights are 0, its "
+                "units are dead, or nothing that is trained depends on it"
+            )
+    share = sum(silent[name] * counts[name] for name in silent) / gates.count
+    if MOST_WITHOUT_GRADIENT < share < 1:
+        yield (
+            f"{share:.0%} of the gates never got a gradient, so they stay open: their weights are 0, or their inputs "
+            "or their units are dead"
+        )
