@@ -5,7 +5,7 @@ TORCH ?= torch==2.13.0
 BIN := .venv/bin
 BUILD_INPUTS := setup.py pyproject.toml MANIFEST.in $(shell find csrc -type f)
 
-.PHONY: venv demo test docs gpu-check clean
+.PHONY: venv demo test docs gpu-check sanitize clean
 
 venv: .venv/installed
 
@@ -22,6 +22,10 @@ docs: venv
 	$(BIN)/pip install --quiet --no-build-isolation -e '.[docs]'
 	$(BIN)/pdoc --docformat google --output-directory build/reference ffw_fast ffw_fast.theory ffw_fast.reference \
 		ffw_fast.figures ffw_fast.report ffw_fast.run_folder ffw_fast.attribution
+# The C++ operators' tests under AddressSanitizer and UBSan, then under ThreadSanitizer; needs GCC's libraries of them.
+sanitize: venv
+	$(BIN)/python -m tests.sanitizers address
+	$(BIN)/python -m tests.sanitizers thread
 
 # All proofs of the GPU kernels that need no GPU; needs nvcc for some, and takes long.
 gpu-check: venv

@@ -12,25 +12,25 @@ import subprocess
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
 TESTS = ["tests/test_ops.py", "tests/test_awkward_tensors.py", "tests/test_fft_conv.py"]
-FLAGS = {
-    "address": "-fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer",
-    "thread": f"-fsanitize=thread -include {Path(__file__).parent / 'threads.h'}",
-}
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+LINKED = {"address": "-fsanitize=address,undefined", "thread": "-fsanitize=thread"}
+COMPILED = {"address": "-fno-sanitize-recover=all -fno-omit-frame-pointer", "thread": f"-include {HERE / 'threads.h'}"}
 LIBRARIES = {"address": ("asan", "ubsan"), "thread": ("tsan",)}
 OPTIONS = {
     # Python and PyTorch free little of what they allocate at their end, and their own reads are not instrumented.
     "ASAN_OPTIONS": "detect_leaks=0:abort_on_error=1:strict_init_order=1",
     "UBSAN_OPTIONS": "print_stacktrace=1:abort_on_error=1",
-    "TSAN_OPTIONS": f"halt_on_error=1:ignore_noninstrumented_modules=1:suppressions={Path(__file__).parent / 'tsan.txt'}",
+    "TSAN_OPTIONS": f"halt_on_error=1:ignore_noninstrumented_modules=1:suppressions={HERE / 'tsan.txt'}",
 }
 
 
 def build(kind: str) -> Path:
     """The folder with a copy of the package whose kernels are instrumented."""
     folder = ROOT / "build" / "sanitize" / kind
-    environment = os.environ | {"FFW_FAST_BUILD": "cpu", "CFLAGS": FLAGS[kind], "LDFLAGS": FLAGS[kind].split(" -incl")[0]}
+    flags = {"CFLAGS": f"{LINKED[kind]} {COMPILED[kind]}", "LDFLAGS": LINKED[kind]}
+    environment = os.environ | flags | {"FFW_FAST_BUILD": "cpu"}
     command = [sys.executable, "setup.py", "-q", "build_ext", "--build-lib", str(folder)]
     subprocess.run([*command, "--build-temp", f"{folder}-objects"], cwd=ROOT, env=environment, check=True)
     for name in ("ffw_fast", "tests"):
@@ -51,19 +51,22 @@ def library(name: str) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("kind", choices=FLAGS)
+    parser.add_argument("kind", choices=LINKED)
     parser.add_argument("pytest", nargs="*", help=f"what pytest is given (default: {' '.join(TESTS)})")
     options = parser.parse_args()
     folder = build(options.kind)
     preloaded = " ".join(map(library, LIBRARIES[options.kind]))
-    environment = os.environ | OPTIONS | {
+    environment = {
+        **os.environ,
+        **OPTIONS,
         "LD_PRELOAD": preloaded,
         "PYTHONMALLOC": "malloc",
         "OMP_NUM_THREADS": "1",  # OpenMP's own threads are of no use here, and each costs shadow memory
         "FFW_FAST_BACKEND": "cpp",
     }
     chosen = ["-q", "-x", "-p", "no:cacheprovider", "-p", "no:benchmark", *(options.pytest or TESTS)]
-    return subprocess.run([sys.executable, "-m", "pytest", *chosen], cwd=folder, env=environment, check=False).returncode
+    command = [sys.executable, "-m", "pytest", *chosen]
+    return subprocess.run(command, cwd=folder, env=environment, check=False).returncode
 
 
 if __name__ == "__main__":
