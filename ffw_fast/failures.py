@@ -18,9 +18,7 @@ LOSSES = ("loss", "cross-entropy", "mutual information")  # as a step gives them
 MEMORY_SIGNS = ("can't allocate memory", "not enough memory", "out of memory")  # in a RuntimeError of the CPU
 
 
-def first_bad_step(
-    steps: Iterable[Tensor], network: nn.Module, gates: FlatGates, heads: PrivateHeads
-) -> str:
+def first_bad_step(steps: Iterable[Tensor], network: nn.Module, gates: FlatGates, heads: PrivateHeads) -> str:
     """Where the first number that is not finite stands, as the end of a sentence; runs the steps until it comes.
 
     Args:

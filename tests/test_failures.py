@@ -22,21 +22,15 @@ def run(model=None, **changes):
 
 def poisoned(monkeypatch, epoch: int, step: int, poison) -> None:
     """Call ``poison(loop)`` before that step of that epoch (both from 1), whenever it is run."""
-    whole = Loop._steps
+    whole = Loop._batches
 
-    def steps(loop):
-        whole_steps = whole(loop)
-        number = 0
-        while True:
-            number += 1
+    def batches(loop):
+        for number, batch in enumerate(whole(loop), 1):
             if (len(loop.history) + 1, number) == (epoch, step):
                 poison(loop)
-            try:
-                yield next(whole_steps)
-            except StopIteration:
-                return
+            yield batch
 
-    monkeypatch.setattr(Loop, "_steps", steps)
+    monkeypatch.setattr(Loop, "_batches", batches)
 
 
 def nan_in_the_scores_of(layer: str):
