@@ -208,7 +208,8 @@ class Loop:
         """All epochs, from the start or from the checkpoint that the state holds."""
         progress.stage("extraction", self.settings.max_epochs)
         with memory_errors_explained("the extraction", self.settings.batch_size, self.gates.scores.device):
-            doubts = list(cautions.of_bottleneck(self.network.module, self.settings.bottleneck, self.train.x[:EXAMPLES]))
+            examples = self.train.x[:EXAMPLES]
+            doubts = list(cautions.of_bottleneck(self.network.module, self.settings.bottleneck, examples))
             self._take_out_frozen_part()
             if not state.restore(self):
                 self._start()
