@@ -1,13 +1,15 @@
 """What the machine does to a run: full disks, folders that change or go, workers that die."""
 
 import os
+import re
 import shutil
-import signal
+import subprocess
+import sys
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
-from torch.utils.data import DataLoader, Dataset
 
 from ffw_fast import heads, run_state
 from ffw_fast.extract import extract
@@ -102,13 +104,17 @@ def test_a_folder_that_becomes_read_only_does_not_end_a_run(tmp_path):
     assert (tmp_path / CHECKPOINT).exists()
 
 
+DEADLY = """
+import os, signal, sys
+from torch.utils.data import DataLoader, Dataset
+from ffw_fast.extract import extract
+from tests.tiny import arguments, network, samples
+
 class Deadly(Dataset):
-    """Kills the worker that reads a late sample."""
+    def __init__(self):
+        self.parts, self.parent = samples(40), os.getpid()
 
-    def __init__(self, parent: int) -> None:
-        self.parts, self.parent = samples(40), parent
-
-    def __len__(self) -> int:
+    def __len__(self):
         return 40
 
     def __getitem__(self, index):
@@ -116,9 +122,21 @@ class Deadly(Dataset):
             os.kill(os.getpid(), signal.SIGKILL)
         return tuple(part[index] for part in self.parts)
 
+loader = DataLoader(Deadly(), batch_size=10, num_workers=1)
+extract(network(), loader, samples(30, seed=1), **arguments(run_dir=sys.argv[1]))
+"""
+
 
 def test_a_worker_that_dies_is_an_error_before_any_training(tmp_path):
-    loader = DataLoader(Deadly(os.getpid()), batch_size=10, num_workers=1)
-    with pytest.raises(RuntimeError, match=r"DataLoader worker .* (killed|exited)"):
-        extract(network(), loader, samples(30, seed=1), **arguments(run_dir=tmp_path))
+    """In a process of its own: PyTorch raises the error wherever the process happens to be."""
+    done = subprocess.run(
+        [sys.executable, "-c", DEADLY, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=Path(__file__).parents[1],
+        timeout=300,
+    )
+    assert done.returncode == 1
+    assert re.search(r"RuntimeError: DataLoader worker .* (killed|exited)", done.stderr)
     assert not (tmp_path / CHECKPOINT).exists()
