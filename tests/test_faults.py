@@ -128,7 +128,7 @@ extract(network(), loader, samples(30, seed=1), **arguments(run_dir=sys.argv[1])
 
 
 def test_a_worker_that_dies_is_an_error_before_any_training(tmp_path):
-    """In a process of its own: PyTorch raises the error wherever the process happens to be."""
+    """In a process of its own: PyTorch raises the error wherever the process happens to be, and not always the same."""
     done = subprocess.run(
         [sys.executable, "-c", DEADLY, str(tmp_path)],
         capture_output=True,
@@ -138,5 +138,5 @@ def test_a_worker_that_dies_is_an_error_before_any_training(tmp_path):
         timeout=300,
     )
     assert done.returncode == 1
-    assert re.search(r"RuntimeError: DataLoader worker .* (killed|exited)", done.stderr)
+    assert re.search(r"DataLoader worker .* (killed|exited)|Connection(Reset|Refused)Error|EOFError", done.stderr)
     assert not (tmp_path / CHECKPOINT).exists()
