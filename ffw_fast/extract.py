@@ -17,6 +17,7 @@ from ffw_fast.extraction import Extraction, masks_of, weight_sparsity
 from ffw_fast.failures import first_bad_step, memory_errors_explained
 from ffw_fast.files import digest
 from ffw_fast.gated_network import GatedNetwork
+from ffw_fast.gates import half_open
 from ffw_fast.heads import PrivateHeads
 from ffw_fast.inputs import prepare
 from ffw_fast.measure import Measurement, accuracy, measure, minibatch_information
@@ -261,6 +262,8 @@ class Loop:
         row = {"epoch": len(self.history) + 1, "temperature": temperature, **self._train_gates()}
         row["head_epochs"] = self._refit(self.heads)
         row |= self._validate()
+        scores = self.gates.views(self.gates.scores).values()
+        row["half_open"] = half_open(self.settings.kind, scores, self.gates.temperature)
         row |= self._end_epoch(row["val_mi"])
         elapsed = time.perf_counter() - started
         self.seconds += elapsed

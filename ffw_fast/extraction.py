@@ -38,8 +38,9 @@ class Extraction:
             A weight or channel is kept where they are >= 0.
         best_scores: likewise, of the pruned network with the lowest mean validation bias accuracy.
         history: one dict an epoch: ``epoch``, ``temperature``, ``loss``, ``cross_entropy``, ``train_mi``,
-            ``head_epochs``, ``val_mi``, ``val_task_accuracy``, ``val_bias_accuracy`` (list), ``seconds``, and where the
-            pruned network was judged ``pruned_task_accuracy`` and ``pruned_bias_accuracy`` (list).
+            ``head_epochs``, ``val_mi``, ``val_task_accuracy``, ``val_bias_accuracy`` (list), ``half_open`` (how
+            far gates are from open or shut, see ``ffw_fast.gates.half_open``), ``seconds``, and where the pruned
+            network was judged ``pruned_task_accuracy`` and ``pruned_bias_accuracy`` (list).
         metrics: ``vanilla``, ``pruned`` and ``best`` on the validation set, each with ``task_accuracy``,
             ``bias_accuracy`` (list), ``bias_mi`` (list), ``sparsity`` (share of the gates that are closed) and
             ``weight_sparsity`` (share of the Conv and Linear weights that are gone); ``epochs``, ``seconds`` and

@@ -17,6 +17,7 @@ Whatever the kind, a weight is kept by pruning where ``m >= 0``.
 
 import enum
 import math
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -88,6 +89,26 @@ def gate_movement(kind: GateKind, scores: Tensor, temperature: Tensor, uniform: 
     argument = _argument(kind, scores, uniform)
     movement = (gate_slope(kind, scores, temperature, uniform) * argument).abs()
     return torch.where(scores < 0, movement, 0) if kind is GateKind.FFW else movement
+
+
+def half_open(kind: GateKind, scores: Iterable[Tensor], temperature: Tensor) -> float:
+    """Mean of ``min(g, 1 - g)`` over the gates of all layers: 0 where each is open or shut, at most 1/2.
+
+    For the random kinds g is the probability that a gate is open. One number is read back from the device.
+    """
+    total, count = torch.zeros((), dtype=torch.float64), 0
+    for score in scores:
+        openness = _openness(kind, score, temperature)
+        total = total.to(score.device) + torch.minimum(openness, 1 - openness).sum(dtype=torch.float64)
+        count += score.numel()
+    return total.item() / count
+
+
+def _openness(kind: GateKind, scores: Tensor, temperature: Tensor) -> Tensor:
+    """The gate, or the probability that a random one is open; that of ``concrete`` does not depend on T."""
+    if not kind.is_random:
+        return gate(kind, scores, temperature)
+    return torch.sigmoid(scores if kind is GateKind.CONCRETE else scores / temperature)
 
 
 def sigmoid_slope(x: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from ffw_fast.data.samples import Samples
 from ffw_fast.extract import GATE_EPOCHS
 from ffw_fast.extraction import Extraction, gated_tensors, masks_of, sparsity, weight_sparsity
 from ffw_fast.gated_network import bottleneck_module
-from ffw_fast.gates import GateKind, gate, gate_movement, gate_slope
+from ffw_fast.gates import GateKind, gate, gate_movement, gate_slope, half_open
 from ffw_fast.inputs import prepare
 from ffw_fast.measure import Measurement, measure
 from ffw_fast.modules import flat_offsets
@@ -179,6 +179,8 @@ class Reference:
             on_validation = measure(logits, head_logits, self.val.y, self.val.b, 0.0)
             row["val_task_accuracy"] = on_validation.task_accuracy
             row["val_bias_accuracy"] = on_validation.bias_accuracy
+            scores_now = [score.detach() for score in self.scores.values()]
+            row["half_open"] = half_open(settings.kind, scores_now, self.temperature)
 
             before = self.temperature.item()
             after, due = schedule.after_epoch(before, row["val_mi"])

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ffw_fast.extraction import BEST_SCORES, CONFIG, HISTORY, METRICS, SCORES, read_history
 from ffw_fast.files import read_json, read_tensors
+from ffw_fast.sizes import SIZES
 
 EXAMPLES = "examples.safetensors"
 REPORT = "report.html"
@@ -61,6 +62,11 @@ class RunFolder:
         return (
             names if len(names) == count else [f"bias {index + 1}" if count > 1 else "bias" for index in range(count)]
         )
+
+    @property
+    def sizes(self) -> dict[str, Any] | None:
+        """What ``ffw_fast.sizes.compare_sizes`` gave; None where sizes were not measured."""
+        return read_json(self.path / SIZES) if (self.path / SIZES).exists() else None
 
     def scores(self, best: bool = False) -> dict[str, Tensor]:
         """Scores by layer name, of the last epoch or the best ones."""

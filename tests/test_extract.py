@@ -39,6 +39,8 @@ def assert_held_together(fast: Extraction, plain: Extraction) -> None:
     assert not (ours - theirs).norm() > 1e-3 * theirs.norm()
     assert ((ours >= 0) == (theirs >= 0)).double().mean() >= 0.995
     assert [row["head_epochs"] for row in fast.history] == [row["head_epochs"] for row in plain.history]
+    halves = [[row["half_open"] for row in found.history] for found in (fast, plain)]
+    assert halves[0] == pytest.approx(halves[1], rel=1e-2, abs=1e-5)
     assert fast.history[-1]["val_mi"] == pytest.approx(plain.history[-1]["val_mi"], rel=1e-2, abs=1e-4)
     assert fast.metrics["best"]["task_accuracy"] == pytest.approx(plain.metrics["best"]["task_accuracy"], abs=0.02)
 

@@ -1,10 +1,22 @@
 """The gates' arithmetic against their definitions in double precision."""
 
+import math
+
 import pytest
 import torch
 
 from ffw_fast import philox
-from ffw_fast.gates import GATES, GateKind, gate, gate_kind, gate_movement, gate_slope, reproducible_exp, sigmoid_slope
+from ffw_fast.gates import (
+    GATES,
+    GateKind,
+    gate,
+    gate_kind,
+    gate_movement,
+    gate_slope,
+    half_open,
+    reproducible_exp,
+    sigmoid_slope,
+)
 
 KINDS = list(GateKind)
 TEMPERATURES = (1e-30, 1e-8, 0.03, 1.0, 50.0, 1e30)
@@ -78,3 +90,13 @@ def test_reproducible_exp_is_accurate_to_a_unit_in_the_last_place():
     assert ((reproducible_exp(x).double() - exact).abs() / exact).max() < 1.2e-7
     assert reproducible_exp(torch.tensor(float("nan"))).isnan()
     assert torch.equal(reproducible_exp(torch.tensor([1e9, -1e9])), reproducible_exp(torch.tensor([88.0, -87.0])))
+
+
+def test_half_open_is_the_distance_of_all_gates_from_open_or_shut():
+    temperature = torch.tensor(1.0)
+    layers = [torch.tensor([[-100.0, 0.0, 5.0]]), torch.tensor([-math.log(3)])]  # gates of ffw: 0, 1, 1 and 1/2
+    assert half_open(GateKind.FFW, layers, temperature) == pytest.approx(0.5 / 4)
+    assert half_open(GateKind.HARD, layers, temperature) == 0
+    quarter = torch.tensor([-math.log(3) / 2])  # of bernoulli at T = 1/2, open with probability 1/4
+    assert half_open(GateKind.BERNOULLI, [quarter], torch.tensor(0.5)) == pytest.approx(0.25)
+    assert half_open(GateKind.CONCRETE, [2 * quarter], torch.tensor(0.5)) == pytest.approx(0.25)

@@ -23,7 +23,7 @@ def run_numbers(run: RunFolder) -> Rows:
         {
             "epoch": row["epoch"],
             "temperature": row["temperature"],
-            "gate_distance": row.get("gate_distance"),
+            "half_open": row.get("half_open"),
             "task_accuracy": row["val_task_accuracy"],
             "bias_accuracy": mean(row["val_bias_accuracy"]),
             "pruned_task_accuracy": row.get("pruned_task_accuracy"),
@@ -78,12 +78,12 @@ def _style(rows: Rows) -> str:
 
 def _draw_distance(temperature: Axes, rows: Rows) -> None:
     """How far gates are from open or shut, on a scale of its own, where the history tells it."""
-    known = [row for row in rows if row["gate_distance"] is not None]
+    known = [row for row in rows if row["half_open"] is not None]
     if not known:
         return
     axes = temperature.twinx()
     axes.plot(
-        [row["epoch"] for row in known], [row["gate_distance"] for row in known], color=color("best"), linewidth=1.2
+        [row["epoch"] for row in known], [row["half_open"] for row in known], color=color("best"), linewidth=1.2
     )
     axes.set_ylabel("half-open gates", color=color("best"), fontsize=8.5)
     axes.tick_params(length=0, labelcolor=color("best"), labelsize=9)

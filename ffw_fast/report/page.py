@@ -28,7 +28,7 @@ CAPTIONS = {
     "training": (
         "The course of the extraction",
         "Validation set, epoch by epoch. Upright lines: the temperature has fallen tenfold. Dots: the network pruned "
-        "there and then, with a head of its own.",
+        "there and then, with a head of its own. Green: how far gates are from open or shut.",
     ),
     "grad-cam": (
         "What the networks look at",
@@ -37,6 +37,7 @@ CAPTIONS = {
     ),
 }
 WIDE = ("grad-cam",)
+NO_DEFAULT = ("bottleneck", "num_bias_classes")  # settings that have to be given
 MOST_ROWS = 400  # of a table of numbers in the page; an epoch or a layer is one
 
 
@@ -69,6 +70,7 @@ def render(run: RunFolder) -> str:
         measured_on="the unbiased test set" if "validation" in run.metrics else "the validation set",
         warnings=run.metrics.get("warnings", []),
         results=results(run),
+        sizes=sizes(run),
         pictures=pictures(run),
         wide=WIDE,
         most_rows=MOST_ROWS,
@@ -98,6 +100,38 @@ def results(run: RunFolder) -> list[tuple[str, str, list[float | None]]]:
     return lines
 
 
+SIZE_LINES = {  # field: what it is, its unit, and how many of it are one unit
+    "parameters": ("parameters", "", 1),
+    "nonzero": ("of them not zero", "", 1),
+    "macs": ("multiplications of one sample", "million", 1e6),
+    "latency_seconds": ("time of one batch", "ms", 1e-3),
+    "file_bytes": ("file", "kB", 1e3),
+}
+
+
+def sizes(run: RunFolder) -> list[tuple[str, str, list[str]]]:
+    """Lines of the table of sizes: what, its unit, a value for each network and the first over the last.
+
+    Raises:
+        ValueError: the file of sizes is damaged.
+    """
+    measured = run.sizes
+    if measured is None:
+        return []
+    try:
+        networks = list(measured["networks"].values())
+        lines = []
+        for field, (title, unit, one) in SIZE_LINES.items():
+            values = [network[field] / one for network in networks]
+            ratio = f"{values[0] / values[-1]:.2f}" if values[-1] else "–"
+            lines.append(
+                (title, unit, [*(f"{value:,.0f}" if one == 1 else f"{value:,.2f}" for value in values), ratio])
+            )
+    except (KeyError, TypeError, AttributeError, IndexError) as error:
+        raise ValueError(f"{run.path} does not hold sizes as ffw-fast compact writes them: {error!r}") from error
+    return lines
+
+
 def pictures(run: RunFolder) -> list[Picture]:
     """The figures that the folder has numbers for."""
     found = []
@@ -113,8 +147,9 @@ def asked(run: RunFolder) -> list[tuple[str, list[tuple[str, str, bool]]]]:
     """What was asked for, in groups of (name, value, whether it is other than the default)."""
     config, defaults = run.config, Settings("", 2).as_dict()
     settings = [
-        (name, describe(value), name in defaults and value != defaults[name] and name not in ("bottleneck",))
+        (name, describe(value), name in defaults and value != defaults[name] and name not in NO_DEFAULT)
         for name, value in run.settings.items()
+        if value is not None
     ]
     groups = [("Extraction", settings)]
     data = {**(config.get("data_options") or {}), "data_dir": config.get("data_dir")}

@@ -102,6 +102,23 @@ def test_the_command_names_the_file(folder, capsys):
     assert capsys.readouterr().out.strip() == str(folder / "report.html")
 
 
+def test_sizes_are_shown_where_they_were_measured(folder, page, tmp_path):
+    assert "Size and speed" not in page
+    copy = Path(shutil.copytree(folder, tmp_path / "copy"))
+    one = {"parameters": 2000, "nonzero": 900, "macs": 5_000_000, "latency_seconds": 0.004, "file_bytes": 8000}
+    other = {**one, "parameters": 1000, "latency_seconds": 0.001}
+    content = {"batch_size": 100, "threads": 2, "device": "cpu", "networks": {"with zeros": one, "compact": other}}
+    (copy / "sizes.json").write_text(json.dumps(content))
+    text = write_report(copy).read_text()
+    table = re.sub(r"<[^>]+>|\s+", " ", text[text.index("Size and speed") :])
+    assert "100 samples, on cpu with 2 threads" in " ".join(table.split())
+    assert " ".join(["time", "of", "one", "batch", "ms", "4.00", "1.00", "4.00"]) in " ".join(table.split())
+    assert "2,000" in table
+    (copy / "sizes.json").write_text('{"networks": {"compact": {}}}')
+    with pytest.raises(ValueError, match="does not hold sizes"):
+        write_report(copy)
+
+
 def test_a_folder_without_a_run_is_an_error(tmp_path, folder, capsys):
     assert main(["report", str(tmp_path)]) == 2
     assert f"{tmp_path} is no run folder: it has no config.json" in capsys.readouterr().err
