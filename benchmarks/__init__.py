@@ -10,4 +10,5 @@ BENCHES = {
     "roofline": "Table 8 on an A100, on paper: floors of all kernels and a projection, without a GPU",
     "gpu": "on a CUDA machine: build, kernel tests, operators and Table 8; --dry on the CPU",
     "cooling": "what a fall of T does to the gates: the published tenfold cut beside the adaptive schedule",
+    "scaling": "bytes, messages, memory and projected time of an extraction on several processes, on paper",
 }

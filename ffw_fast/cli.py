@@ -8,12 +8,14 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
 from ffw_fast.backend import backend_info
 from ffw_fast.benchmarks import BENCHES
 from ffw_fast.compare import all_settings, compare, comparison_table
+from ffw_fast.distributed import ProcessLost, is_first, started_by_torchrun
 from ffw_fast.engines import Engine, LocalProcesses, RayCluster
 from ffw_fast.export import FORMATS, export
 from ffw_fast.figures import FIGURES, make_figure
@@ -64,13 +66,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with ending_signals_raise(), _plain_warnings():
             return options.command(options)
     except KeyboardInterrupt as interrupt:
+        if not is_first():
+            return exit_code(interrupt)
         what = "terminated" if isinstance(interrupt, Terminated) else "interrupted"
         print(f"ffw-fast: {what}{_what_is_left(options)}", file=sys.stderr)
         return exit_code(interrupt)
     except ERRORS as error:
         if options.traceback:
             raise
-        print(f"ffw-fast: error: {error}", file=sys.stderr)
+        if is_first() or isinstance(error, ProcessLost):
+            print(f"ffw-fast: error: {error}", file=sys.stderr)
         return 2
 
 
@@ -357,7 +362,10 @@ def _run(options: argparse.Namespace) -> int:
     if options.vanilla_only:
         prepare_vanilla(request, make_progress(not options.quiet))
         return 0
-    metrics = run_workload(request, make_progress(not options.quiet))
+    with started_by_torchrun(request.device) as device:
+        metrics = run_workload(replace(request, device=device), make_progress(is_first() and not options.quiet))
+    if not is_first():
+        return 0
     print_table(metrics_table(metrics, tuple(metrics["bias_names"]), workload.num_bias_classes))
     stages = ", ".join(f"{stage} {describe_time(seconds)}" for stage, seconds in metrics["stages"].items())
     print(f"{metrics['epochs']} epochs; {stages}")

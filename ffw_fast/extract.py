@@ -11,8 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from ffw_fast import bise, cautions
+from ffw_fast.backend import backend_info
 from ffw_fast.data.datasets import reading_note
 from ffw_fast.data.samples import Inputs, Samples
+from ffw_fast.distributed import Alone, processes
 from ffw_fast.extraction import Extraction, masks_of, weight_sparsity
 from ffw_fast.failures import first_bad_step, memory_errors_explained
 from ffw_fast.files import digest
@@ -21,7 +23,6 @@ from ffw_fast.gates import half_open
 from ffw_fast.heads import PrivateHeads
 from ffw_fast.inputs import prepare
 from ffw_fast.measure import Measurement, accuracy, measure, minibatch_information
-from ffw_fast.objective import objective
 from ffw_fast.optim import LR, GatedAdam, GatedOptimizer, GatedSGD
 from ffw_fast.progress import Progress, make_progress
 from ffw_fast.run_state import RunState
@@ -141,11 +142,18 @@ def extract(
     )
     if resume and run_dir is None:
         raise ValueError("resume needs run_dir, the folder that holds the checkpoint")
+    group = processes()
+    if batch_size < group.count:
+        raise ValueError(f"batch_size must be at least the number of processes, {group.count}, got {batch_size}")
+    if group.count > 1 and method != "ffw":
+        raise ValueError(f"method {method!r} runs on one process, not on {group.count}; 'ffw' runs on several")
     given = {"train": train, "val": val}
-    train, val, width = prepare(model, train, val, settings)
+    train, val, width = group.together(lambda: prepare(model, given["train"], given["val"], settings))
     target = torch.device(device) if device is not None else next(model.parameters()).device
     parts = settings, model, train.to(target), val.to(target), width, target
-    loop = Loop(*parts) if method == "ffw" else BiseLoop(*parts, selects=given["val"] is not None)
+    loop = Loop(*parts, group) if method == "ffw" else BiseLoop(*parts, selects=given["val"] is not None)
+    if group.rank > 0:  # the first process writes and shows for all
+        run_dir, resume, progress = None, False, False
     with make_progress(progress) as shown:
         for name, samples in (("train", train), ("val", val)):
             if given[name] is not None:
@@ -155,18 +163,34 @@ def extract(
             "weights": digest(*loop.network.module.state_dict().values()),
             "data": digest(*loop.train.identity(), *loop.val.identity()),
         }
-        with RunState(run_dir, identity, resume) as state:
+        group.check_same({**identity, **computing(target), "max_epochs": max_epochs})
+        with group.together(lambda: RunState(run_dir, identity, resume)) as state:
             loop.run(state, shown)
     return loop.extraction(model)
+
+
+def computing(device: torch.device) -> dict[str, Any]:
+    """What the processes of a group must have in common so that equal numbers stay equal to the last bit."""
+    instructions = backend_info()["cpu"].get("instruction_set") if device.type == "cpu" else None
+    threads = torch.get_num_threads()
+    return {"device": device.type, "threads": threads, "torch": torch.__version__, "instructions": instructions}
 
 
 class Loop:
     """One extraction under way: network, heads, optimizer and schedule, and what has been found so far."""
 
     def __init__(
-        self, settings: Settings, model: nn.Module, train: Samples, val: Samples, width: int, device: torch.device
+        self,
+        settings: Settings,
+        model: nn.Module,
+        train: Samples,
+        val: Samples,
+        width: int,
+        device: torch.device,
+        group: Alone | None = None,
     ) -> None:
         self.settings = settings
+        self.group = group or Alone()
         self.train, self.val = train, val
         self.autocast = torch.autocast(
             device.type, PRECISIONS[settings.precision], enabled=settings.precision != "fp32", cache_enabled=False
@@ -212,7 +236,10 @@ class Loop:
             examples = self.train.x[:EXAMPLES]
             doubts = list(cautions.of_bottleneck(self.network.module, self.settings.bottleneck, examples))
             self._take_out_frozen_part()
-            if not state.restore(self):
+            if self.group.told(self.group.together(lambda: state.restore(self))):
+                self.group.share(self, state)
+                progress.note(self._resumed_note())
+            else:
                 self._start()
                 self._warn(doubts)
                 state.keep(self)
@@ -235,7 +262,8 @@ class Loop:
     def _warn(self, doubts: Iterable[str]) -> None:
         for text in doubts:
             self.metrics["warnings"].append(text)
-            warnings.warn(text, stacklevel=2)
+            if self.group.rank == 0:
+                warnings.warn(text, stacklevel=2)
 
     def _take_out_frozen_part(self) -> None:
         """Run what lies before the first channel gate once for all."""
@@ -280,43 +308,50 @@ class Loop:
         return {"loss": loss, "cross_entropy": cross_entropy, "train_mi": information}
 
     def _batches(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """The minibatches (x, y, b) of the next epoch."""
+        """The minibatches (x, y, b) of the next epoch, x of this process."""
         rows = epoch_order(len(self.train.y), self.settings.seed, GATE_EPOCHS, len(self.history))
-        return self.train.batches(rows, self.settings.batch_size)
+        return self.group.batches(self.train, rows, self.settings.batch_size)
 
     def _counted_step(self, x: Tensor, y: Tensor, b: Tensor) -> None:
         """One minibatch; adds its losses to the totals. Nothing is read back."""
         self.totals += self._step(x, y, b) * len(y)
 
     def _step(self, x: Tensor, y: Tensor, b: Tensor) -> Tensor:
-        """One minibatch; (J, CE, MI) before the step."""
+        """One minibatch, of which this process has the inputs x; (J, CE, MI) before the step."""
         self.optimizer.zero_grad()
         with self.autocast:
             features, logits = self.network(x)
         features = features.float()
         losses = self._losses(logits.float(), y, self.heads.logits(features), b)
         losses[0].backward()
-        self.heads.step(features, b)
+        self.group.sum_(self.gates.grad)
+        self.heads.step(self.group.rows(features.detach(), len(b)), b)
         self.optimizer.step()
+        if self.schedule.anneals:
+            self.group.copy_(self.gates.movement)
         return torch.stack([loss.detach() for loss in losses])
 
     def _losses(self, logits: Tensor, y: Tensor, head_logits: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(J, CE, MI) of one minibatch."""
-        return objective(logits, y, head_logits, b, self.settings.alpha, self.settings.gamma)
+        return self.group.objective(logits, y, head_logits, b, self.settings.alpha, self.settings.gamma)
 
     def _refit(self, heads: PrivateHeads) -> int:
         """Fit heads to a plateau on the features of the network as it is now. Epochs it took."""
-        return heads.fit_on(self.train, self._features)
+        epochs = heads.fit_on(self.train, self._features)
+        self.group.copy_(*(getattr(heads, name) for name in HEAD_STATE))
+        return epochs
 
     def _features(self, x: Inputs) -> Tensor:
         with self.autocast:
-            return self.network.features(x).float()
+            features = self.network.features(self.group.part(x))
+        return self.group.rows(features.float(), len(x))
 
     def _outputs(self, heads: PrivateHeads) -> tuple[Tensor, Tensor]:
         """Logits (n, C) and head logits (n, heads, K) on the validation set."""
         with self.autocast:
-            features, logits = self.network.outputs(self.val.x)
-        return logits.float(), heads.logits(features.float())
+            features, logits = self.network.outputs(self.group.part(self.val.x))
+        features, logits = (self.group.rows(part.float(), len(self.val.y)) for part in (features, logits))
+        return logits, heads.logits(features)
 
     def _measure(self, heads: PrivateHeads, sparsity: float) -> Measurement:
         return measure(*self._outputs(heads), self.val.y, self.val.b, sparsity)
@@ -324,7 +359,7 @@ class Loop:
     def _validate(self) -> dict[str, Any]:
         logits, head_logits = self._outputs(self.heads)
         return {
-            "val_mi": minibatch_information(head_logits, self.val.b, self.settings.batch_size),
+            "val_mi": self.group.told(minibatch_information(head_logits, self.val.b, self.settings.batch_size)),
             "val_task_accuracy": accuracy(logits, self.val.y).item(),
             "val_bias_accuracy": accuracy(head_logits, self.val.b).tolist(),
         }
@@ -386,6 +421,7 @@ class Loop:
             "metrics": self.metrics,
             "history": self.history,
             "seconds": self.seconds,
+            "processes": self.group.count,
         }
         return tensors, record
 
@@ -410,6 +446,14 @@ class Loop:
         self.schedule = restore_schedule(self.schedule, record["schedule"])
         self.best = record["best"] and Measurement(**record["best"])
         self.metrics, self.history, self.seconds = record["metrics"], record["history"], record["seconds"]
+        self.processes_before = record["processes"]
+
+    def _resumed_note(self) -> str | None:
+        """What changes where the run goes on with another number of processes."""
+        before, now = self.processes_before, self.group.count
+        if before == now:
+            return None
+        return f"goes on with {now} processes where {before} were: the same scores within the rounding of float sums"
 
     def extraction(self, model: nn.Module) -> Extraction:
         """What was found, for the model that it was found in."""

