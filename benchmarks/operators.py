@@ -17,6 +17,7 @@ PyTorch's allocator at a time, beside its arguments.
 import argparse
 import csv
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -478,7 +479,9 @@ def measure(only: Sequence[str], chosen: Sequence[str], tiny: bool) -> list[dict
         words += ["--providers", ",".join(chosen)]
         words += ["--tiny"] if tiny else []
         words += ["-k", " or ".join(only)] if only else []
-        code = subprocess.run([sys.executable, "-m", "pytest", str(SUITE), *words]).returncode
+        # Beside others of pytest-xdist nothing would be timed, and its workers hand their names on.
+        alone = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
+        code = subprocess.run([sys.executable, "-m", "pytest", str(SUITE), *words], env=alone).returncode
         if code != 0:
             raise SystemExit("no table: a result is wrong or the suite failed, see above")
         return rows_of(json.loads(target.read_text()))
