@@ -198,7 +198,13 @@ def test_info(capsys):
 def test_interrupting_leaves_a_folder_that_resumes(tmp_path):
     command = [sys.executable, "-m", "ffw_fast", "run", "multi-color-mnist", "--out", str(tmp_path), *SMALL]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
-    process = subprocess.Popen([*command, "--max-epochs", "200"], stderr=subprocess.PIPE, text=True, env=environment)
+    process = subprocess.Popen(
+        [*command, "--max-epochs", "200"],
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
+    )
     deadline = time.monotonic() + 120
     while not (tmp_path / "checkpoint.safetensors").exists() and time.monotonic() < deadline:
         time.sleep(0.05)
