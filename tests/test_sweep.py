@@ -2,10 +2,12 @@
 
 import csv
 import os
+import re
 import signal
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -215,3 +217,53 @@ def test_a_killed_process_loses_nothing(digits, tmp_path):
     assert main([*command, "--out", str(calm)]) == 0
     for trial in ("gamma-1", "gamma-3"):
         assert all((out / trial / name).read_bytes() == (calm / trial / name).read_bytes() for name in RESULTS)
+
+
+# The engine on Ray ---
+
+
+def _kill_a_worker(out: Path, killed: list[int]) -> None:
+    """Kill the first Ray worker that has a checkpoint of a setting but no results of it yet."""
+    deadline = time.monotonic() + 300
+    while not killed and time.monotonic() < deadline:
+        for checkpoint in out.glob("gamma-*/checkpoint.safetensors"):
+            with suppress(OSError):  # it has just ended
+                killed += _killed(checkpoint.parent)
+        time.sleep(0.01)
+
+
+def _killed(folder: Path) -> list[int]:
+    """The Ray worker that holds the folder, if one does and it is not done."""
+    holder = re.match(r"process (\d+) on", (folder / ".lock").read_text())
+    if (folder / "metrics.json").exists() or holder is None:
+        return []
+    if b"ray::" not in Path(f"/proc/{holder[1]}/cmdline").read_bytes():
+        return []
+    os.kill(int(holder[1]), signal.SIGKILL)
+    return [int(holder[1])]
+
+
+@pytest.mark.slow
+def test_twelve_settings_on_ray_with_a_worker_killed_are_those_of_one_process(
+    digits, tmp_path, in_this_process
+):
+    pytest.importorskip("ray", reason="a sweep on Ray needs Ray: pip install 'ffw_fast[ray]'")
+    command = ["sweep", "multi-color-mnist", *settings(digits)[:-1], "60", "--gamma", "1,3,10", "--seed", "0..3"]
+    out, calm = tmp_path / "ray", tmp_path / "calm"
+    killed: list[int] = []
+    killer = threading.Thread(target=_kill_a_worker, args=(out, killed))
+    killer.start()
+    assert main([*command, "--quiet", "--out", str(out), "--ray"]) == 0
+    killer.join()
+    assert killed
+    assert main([*command, "--quiet", "--out", str(calm)]) == 0
+    assert len(table(out)) == 12
+    for trial in (row["trial"] for row in table(calm)):
+        assert all((out / trial / name).read_bytes() == (calm / trial / name).read_bytes() for name in RESULTS)
+
+
+def test_a_ray_that_does_not_answer_is_named(digits, tmp_path, capsys):
+    pytest.importorskip("ray", reason="a sweep on Ray needs Ray: pip install 'ffw_fast[ray]'")
+    command = ["sweep", "multi-color-mnist", *settings(digits), "--out", str(tmp_path), "--address", "127.0.0.1:1"]
+    assert main(command) == 2
+    assert "no Ray cluster answers at '127.0.0.1:1'" in capsys.readouterr().err
