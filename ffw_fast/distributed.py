@@ -10,6 +10,7 @@ features from all.
 
 import json
 import os
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -26,7 +27,8 @@ from ffw_fast.run_state import Resumable, RunState
 
 Result = TypeVar("Result")
 PATIENCE = timedelta(days=1)  # with a process that lives: the first one may train a biased network for hours
-GONE = timedelta(seconds=20)  # how long the others are asked who is gone
+GONE = 10.0  # seconds in which those that live find out who does not
+POLL = 0.05  # seconds
 ERRORS = (ValueError, TypeError, OSError, ImportError, FloatingPointError)
 
 
@@ -90,6 +92,7 @@ class Group(Alone):
 
     def __init__(self) -> None:
         self.count, self.rank = dist.get_world_size(), dist.get_rank()
+        self._store = dist.distributed_c10d._get_default_store()  # there is no public way to it
         on_gpu = dist.get_backend() == "nccl"
         self._device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
         self._gloo = dist.new_group(backend="gloo", timeout=PATIENCE) if on_gpu else dist.group.WORLD
@@ -218,11 +221,20 @@ class Group(Alone):
             raise ProcessLost(f"{self._who_is_gone()}; the checkpoint is kept, continue with --resume") from error
 
     def _who_is_gone(self) -> str:
+        """All that live sign in the group's store; who has not in time is gone, or the store with its keeper."""
+        signs = {rank: f"ffw_fast alive {rank}" for rank in range(self.count)}
         try:
-            dist.monitored_barrier(self._gloo, timeout=GONE, wait_all_ranks=True)
-        except (RuntimeError, ValueError) as error:
-            return f"{os.linesep.join(str(error).splitlines()[:1])} (on rank {self.rank})"
-        return f"a message between the {self.count} processes was lost"
+            self._store.set(signs[self.rank], "yes")
+            missing, deadline = list(signs), time.monotonic() + GONE
+            while missing and time.monotonic() < deadline:
+                missing = [rank for rank in missing if not self._store.check([signs[rank]])]
+                time.sleep(POLL)
+        except RuntimeError:
+            return "the process that keeps the group's store is gone, with torchrun or rank 0"
+        if not missing:
+            return f"a message between the {self.count} processes was lost, though all live"
+        named = f"rank {missing[0]} is" if len(missing) == 1 else f"ranks {', '.join(map(str, missing))} are"
+        return f"{named} gone, says rank {self.rank}"
 
 
 class _WholeMinibatch(torch.autograd.Function):
