@@ -3,7 +3,7 @@
 import os
 
 # PyTorch asks for huge pages behind its large CPU tensors only if this is set before it is imported. Without them the
-# outputs of every step are faulted in anew, page by page: a seventh of the time of SimpleConvNet at 28 x 28.
+# large outputs of every step are faulted in anew, page by page.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 from ffw_fast import reference

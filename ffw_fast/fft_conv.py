@@ -416,8 +416,7 @@ def fft_cost(height: int, width: int, weight: Sequence[int], batch: int = 100) -
 def is_worth_it(height: int, width: int, weight: Sequence[int]) -> bool:
     """Whether an FFT convolution is cheaper by these costs: by shapes alone, so the same on any machine.
 
-    The estimate is cautious: a training step was 1.8 to 2.6 times faster where it says 1.0 to 1.3 (Zen 3), since
-    both gradients share spectra with the forward pass (``ffw-fast bench fft_conv``).
+    The estimate is of the forward pass, and so cautious: both gradients share spectra with it.
     """
     return max(height, width) <= LARGEST_IMAGE and direct_cost(height, width, weight) >= fft_cost(height, width, weight)
 

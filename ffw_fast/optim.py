@@ -1,6 +1,7 @@
 """Adam on the scores, fused with the straight-through gradient before it and the gated weight after it; and SGD."""
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from typing import Any, Self
 
@@ -17,7 +18,7 @@ EPS = 1e-8
 WEIGHT_DECAY = 1e-4
 
 
-class GatedOptimizer(torch.optim.Optimizer):
+class GatedOptimizer(torch.optim.Optimizer, ABC):
     """What the optimizers of scores share: their parameters are flat gated weights, whose gradients autograd fills.
 
     Args:
@@ -50,12 +51,13 @@ class GatedOptimizer(torch.optim.Optimizer):
             assert gated.grad is not None
             gated.grad.zero_()
 
+    @abstractmethod
     def _step(self, flat: FlatGates, group: dict) -> None:
-        raise NotImplementedError
+        """One step of the scores of a group, and the gated weights of the new ones."""
 
+    @abstractmethod
     def start(self) -> None:
         """Create the state, zero, before the first step; a checkpoint is loaded into it."""
-        raise NotImplementedError
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Refused after the start: gates stand behind gated weights, and are given to the constructor."""

@@ -118,24 +118,24 @@ def train_vanilla(
     model.to(device).train()
     optimizer, example = recipe.build_optimizer(model), samples.x[:2]
     plateau = _Plateau(recipe, model, val, optimizer, precision) if recipe.schedule == "plateau" else None
-    for epoch in range(recipe.epochs):
-        if plateau is None:
-            for group in optimizer.param_groups:
-                group["lr"] = recipe.learning_rate(epoch)
-        order = epoch_order(len(samples.y), seed, "vanilla batches", epoch)
-        augmentation = seeded_generator(seed, f"vanilla augmentation {epoch}")
-        with cheapest_convolutions(model, example):
+    with cheapest_convolutions(model, example):
+        for epoch in range(recipe.epochs):
+            if plateau is None:
+                for group in optimizer.param_groups:
+                    group["lr"] = recipe.learning_rate(epoch)
+            order = epoch_order(len(samples.y), seed, "vanilla batches", epoch)
+            augmentation = seeded_generator(seed, f"vanilla augmentation {epoch}")
             loss = _train_epoch(model, _batches(samples, order, recipe, augmentation), optimizer, precision)
-        if not math.isfinite(loss):
-            raise FloatingPointError(
-                f"the vanilla network's training loss is {loss} in epoch {epoch + 1} of {recipe.epochs} "
-                f"({recipe.optimizer}, learning rate {recipe.learning_rate(epoch):g}); "
-                "lower the learning rate, or check the inputs for NaN"
-            )
-        if on_epoch is not None:
-            on_epoch(epoch + 1, loss)
-        if plateau is not None and plateau.has_ended():
-            break
+            if not math.isfinite(loss):
+                raise FloatingPointError(
+                    f"the vanilla network's training loss is {loss} in epoch {epoch + 1} of {recipe.epochs} "
+                    f"({recipe.optimizer}, learning rate {recipe.learning_rate(epoch):g}); "
+                    "lower the learning rate, or check the inputs for NaN"
+                )
+            if on_epoch is not None:
+                on_epoch(epoch + 1, loss)
+            if plateau is not None and plateau.has_ended():
+                break
     return model.eval()
 
 
