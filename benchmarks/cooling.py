@@ -22,13 +22,14 @@ from ffw_fast.extract import Loop
 from ffw_fast.gates import gate
 from ffw_fast.inputs import prepare
 from ffw_fast.measure import accuracy
-from ffw_fast.schedule import SCHEDULES, judging_shift
+from ffw_fast.schedule import judging_shift
 from ffw_fast.settings import Settings
 from ffw_fast.summary import print_table
 from ffw_fast.vanilla import train_vanilla
 from ffw_fast.workloads import WORKLOADS
 
 BINS = 20
+SCHEDULES = ("published", "adaptive")  # the ones compared
 WORKLOAD = WORKLOADS["multi-color-mnist"]
 
 

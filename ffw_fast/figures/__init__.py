@@ -41,6 +41,8 @@ FIGURES = {
         "task accuracy against leakage of all methods, mean and spread", "the folder of one comparison"
     ),
     "unbiased-digits": Figure("accuracy and leakage against the number of unbiased digits", "folders of comparisons"),
+    "anneal-rate": Figure("the adaptive schedule over its rate and gamma", "folders of runs"),
+    "cooling": Figure("what a fall of T does to gates and accuracy", "the file of ffw-fast bench cooling --json"),
     "theory": Figure("information of output and bias against biasedness, with measured networks", "folders of runs"),
 }
 

@@ -10,7 +10,7 @@ from ffw_fast.figures.sweeps import draw_against, run_rows
 
 def numbers(paths: list[Path]) -> Rows:
     """One row a run, of all runs below the paths."""
-    return run_rows(paths, "gamma", lambda run: run.settings["gamma"])
+    return run_rows(paths, gamma=lambda run: run.settings["gamma"])
 
 
 def draw(rows: Rows) -> Figure:

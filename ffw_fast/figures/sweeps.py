@@ -15,8 +15,8 @@ from ffw_fast.run_folder import RunFolder, find_runs
 SERIES_COLORS = (("pruned", "warm"), ("best", "plum"))  # of task and bias accuracy, for each schedule
 
 
-def run_rows(paths: list[Path], name: str, setting: Callable[[RunFolder], float]) -> Rows:
-    """One row a run: the setting, and what was measured of its vanilla, its pruned and its best network.
+def run_rows(paths: list[Path], **settings: Callable[[RunFolder], float]) -> Rows:
+    """One row a run: the named settings, and what was measured of its vanilla, its pruned and its best network.
 
     The biases' accuracies are their mean. Runs that were interrupted are left out.
 
@@ -28,11 +28,13 @@ def run_rows(paths: list[Path], name: str, setting: Callable[[RunFolder], float]
         raise ValueError(f"no finished run in {', '.join(map(str, paths))}")
     if len(titles := sorted({run.config.get("workload", run.title) for run in runs})) > 1:
         raise ValueError(f"runs of several workloads do not go into one figure: {', '.join(titles)}")
-    return sorted((_row(run, name, setting) for run in runs), key=lambda row: (row["schedule"], row[name], row["seed"]))
+    order = ("schedule", *settings, "seed")
+    return sorted((_row(run, settings) for run in runs), key=lambda row: [row[name] for name in order])
 
 
-def _row(run: RunFolder, name: str, setting: Callable[[RunFolder], float]) -> dict[str, Any]:
-    row = {"schedule": run.settings["schedule"], name: setting(run), "seed": run.settings["seed"], "chance": run.chance}
+def _row(run: RunFolder, settings: dict[str, Callable[[RunFolder], float]]) -> dict[str, Any]:
+    row = {"schedule": run.settings["schedule"], **{name: setting(run) for name, setting in settings.items()}}
+    row |= {"seed": run.settings["seed"], "chance": run.chance}
     for network, found in run.networks.items():
         row[f"{network}_task_accuracy"] = found["task_accuracy"]
         row[f"{network}_bias_accuracy"] = mean(found["bias_accuracy"])

@@ -11,7 +11,7 @@ from ffw_fast.run_folder import RunFolder
 
 def numbers(paths: list[Path]) -> Rows:
     """One row a run, of all runs below the paths."""
-    return run_rows(paths, "vanilla_epochs", _epochs)
+    return run_rows(paths, vanilla_epochs=_epochs)
 
 
 def _epochs(run: RunFolder) -> int:

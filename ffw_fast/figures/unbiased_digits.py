@@ -26,19 +26,18 @@ def numbers(paths: list[Path]) -> Rows:
 
 def draw(rows: Rows) -> Figure:
     """Two panels over the number of digits: task accuracy, and the mean accuracy of the heads."""
-    figure = new_figure(4.4, 5.4)
-    panels = new_axes(figure, 2, 1, sharex=True)
+    figure = new_figure(3.1, 7.4)
+    panels = new_axes(figure, 1, 2)
     digits = sorted(groups(rows, "unbiased_digits"))
-    for axes, column, title in zip(
-        panels, ("task_accuracy", "bias_accuracy"), ("task", "bias, by a head"), strict=True
-    ):
+    titles = {"task_accuracy": "accuracy on unbiased data", "bias_accuracy": "accuracy of heads that read the bias"}
+    for axes, (column, title) in zip(panels, titles.items(), strict=True):
         for index, (method, own) in enumerate(groups(rows, "method").items()):
             draw_spread(axes, own, "unbiased_digits", column, series_color(index), method)
-        axes.set(ylabel=title, ylim=(0, 1.02), xscale="log")
-    label_line(panels[1], rows[0]["chance"], "chance")
-    panels[1].set_xticks(digits, [str(count) for count in digits])
-    panels[1].minorticks_off()
-    panels[1].set_xlabel("different digits in the unbiased set")
+        axes.set_title(title, loc="left", fontsize=9)
+        axes.set(ylim=(0, 1.02), xscale="log", xlabel="different digits in the unbiased set")
+        axes.set_xticks(digits, [str(count) for count in digits])
+        axes.minorticks_off()
+    label_line(panels[1], rows[0]["chance"], "chance", above=False)
     handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper left", ncols=2, frameon=False, fontsize=8.5, handlelength=1.4)
+    figure.legend(handles, labels, loc="outside lower left", ncols=3, frameon=False, fontsize=8.5, handlelength=1.4)
     return figure

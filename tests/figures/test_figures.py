@@ -107,6 +107,35 @@ def test_sweeps_show_every_run(sweep, tmp_path):
     assert [row["vanilla_epochs"] for row in figure("training-length", tmp_path, sweep)] == ["1", "1", "9", "9"]
 
 
+def test_anneal_rates_show_adaptive_runs_only(sweep, tmp_path):
+    copies = Path(shutil.copytree(sweep, tmp_path / "sweep"))
+    for index, config in enumerate(sorted(copies.glob("*/config.json"))):
+        content = json.loads(config.read_text())
+        content["settings"] |= {"schedule": "adaptive" if index else "published", "anneal_rate": 1e-4 * (1 + index)}
+        config.write_text(json.dumps(content))
+    rows = figure("anneal-rate", tmp_path, copies)
+    assert [(row["anneal_rate"], row["gamma"]) for row in rows] == [
+        ("0.0002", "5.0"), ("0.00030000000000000003", "50.0"), ("0.0004", "50.0"),
+    ]  # fmt: skip
+    with pytest.raises(ValueError, match="no run with schedule 'adaptive'"):
+        make_figure("anneal-rate", [copies / "run-0"], tmp_path)
+
+
+def test_cooling_shows_every_epoch_and_all_gates(tmp_path):
+    state = {"gated": 0.8, "pruned_at_zero": 0.4, "pruned_at_half": 0.6}
+    epochs = [{"epoch": epoch, "temperature": 10.0 ** (1 - epoch), **state} for epoch in (1, 2, 3)]
+    histograms = {"before": [0, 1, 3], "after": [2, 0, 2]}
+    content = {"published": {"epochs": epochs, "histograms": histograms}, "adaptive": {"epochs": epochs[:2]}}
+    results = tmp_path / "cooling.json"
+    results.write_text(json.dumps(content))
+    rows = figure("cooling", tmp_path, results)
+    assert [row["schedule"] for row in rows if row["epoch"]] == ["published"] * 3 + ["adaptive"] * 2
+    assert [row["share"] for row in rows if row["when"]] == ["0.0", "0.25", "0.75", "0.5", "0.0", "0.5"]
+    results.write_text("{}")
+    with pytest.raises(ValueError, match="is not of ffw-fast bench cooling"):
+        make_figure("cooling", [results], tmp_path)
+
+
 def test_runs_of_several_workloads_are_no_sweep(sweep, tmp_path):
     copies = Path(shutil.copytree(sweep, tmp_path / "sweep"))
     config = copies / "run-0" / "config.json"
