@@ -5,7 +5,7 @@ measured on networks, image sizes and batch sizes of the paper, on random images
 whole job is multiplied out, and stands in columns of its own: ``EPOCHS`` epochs of the gates and ``HEAD_EPOCHS`` epochs
 of the heads in each refit, the same for both sides. The floor is the FLOPs of the same work over the matrix rate plus
 the optimizer's bytes over the copy bandwidth, both measured in the same run, before and after every workload, of which
-the best stands; activations are counted as free. ``--whole`` also runs one extraction from start to end, both ways:
+the best stands; activations are counted as free. ``--whole`` also runs extractions from start to end:
 ``ffw_fast.benchmarks.whole``.
 """
 
@@ -179,7 +179,9 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("--json", type=Path, help="write the figures, with machine and versions, to this file")
     parser.add_argument(
-        "--whole", action="store_true", help="also run Multi-Color MNIST whole, on the shipped digits, both ways"
+        "--whole",
+        action="store_true",
+        help="also run Multi-Color MNIST whole, on the shipped digits: both ways, and with the adaptive schedule",
     )
     parser.add_argument("--tiny", action="store_true", help="a dry run on tiny shapes, whose times say nothing")
     options = parser.parse_args(arguments)

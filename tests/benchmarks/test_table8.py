@@ -39,11 +39,14 @@ def test_a_disturbed_measurement_of_the_rates_does_not_stand():
     assert Rates(2, 0, 5).best(Rates(1, 0, 6)) == Rates(2, 0, 6)
 
 
-def test_one_run_whole_both_ways(capsys):
+def test_whole_runs_of_all_sides(capsys):
     results = run_whole(max_epochs=2, vanilla_epochs=1, train_size=200, unbiased_size=200, unbiased_digits=100)
     ours, theirs = results["ffw_fast"], results["reference"]
     assert ours["epochs"] == theirs["epochs"] == 2
     assert ours["pruned"]["sparsity"] == pytest.approx(theirs["pruned"]["sparsity"], abs=0.01)
-    assert results["ratio"] == pytest.approx(theirs["seconds"] / ours["seconds"])
+    assert ours["ratio"] == pytest.approx(theirs["seconds"] / ours["seconds"])
+    assert results["ffw_fast, adaptive"]["epochs"] == 2
     print_table(whole_table(results))
-    assert "reference, pruned" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "reference, pruned" in printed
+    assert "ffw_fast, adaptive, best" in printed
