@@ -11,4 +11,5 @@ BENCHES = {
     "gpu": "on a CUDA machine: build, kernel tests, operators and Table 8; --dry on the CPU",
     "cooling": "what a fall of T does to the gates: the published tenfold cut beside the adaptive schedule",
     "scaling": "bytes, messages, memory and projected time of an extraction on several processes, on paper",
+    "processes": "one process beside several on the same cores, or on two simulated hosts: the time of each part",
 }

@@ -25,6 +25,7 @@ BF16_RATE, MEMORY_RATE = 312e12, 1.555e12  # of an A100-40GB: FLOP/s, bytes/s
 NVLINK, NETWORK = 300e9, 12.5e9  # bytes/s each way of a GPU, and of a host with 100 Gbit/s
 GPUS_A_HOST = 8
 PROCESSES = (1, 2, 4, 8, 16, 32, 64)
+MESSAGES = ("joint and cross-entropy", "gradient of the gated weights", "features of the minibatch")  # of a step
 
 
 @dataclass(frozen=True)
@@ -56,12 +57,9 @@ class Message:
 
 def messages(network: Network, batch: int) -> list[Message]:
     """The messages of a step. An adaptive schedule sends 8 bytes more."""
-    joint = FLOAT * (network.heads * network.classes**2 + 1)
-    return [
-        Message("joint and cross-entropy", joint, True),
-        Message("gradient of the gated weights", FLOAT * network.gates, True),
-        Message("features of the minibatch", FLOAT * batch * network.features, False),
-    ]
+    floats = (network.heads * network.classes**2 + 1, network.gates, batch * network.features)
+    kinds = zip(MESSAGES, floats, (True, True, False), strict=True)
+    return [Message(name, FLOAT * count, is_reduced) for name, count, is_reduced in kinds]
 
 
 def bytes_sent(message: Message, processes: int) -> float:

@@ -2,9 +2,12 @@
 
 import re
 import shlex
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
+from ffw_fast.benchmarks import processes, scaling
+from ffw_fast.benchmarks.hosts import Hosts
 
 from ffw_fast.cli import build_parser
 
@@ -40,8 +43,6 @@ def test_the_launchers_options_are_torchruns():
 
 
 def test_the_paper_costs(capsys):
-    from ffw_fast.benchmarks import scaling
-
     network = scaling.Network(gates=1000, macs=1e6, features=8, classes=3, heads=2)
     joint, gradient, features = scaling.messages(network, batch=10)
     assert (joint.bytes, gradient.bytes, features.bytes) == (4 * 19, 4000, 320)
@@ -51,3 +52,20 @@ def test_the_paper_costs(capsys):
     assert scaling.measured_state(1600) == len(scaling.STATE) * 4 * 1600
     scaling.main([])
     assert "speed-up" in capsys.readouterr().out
+
+
+def test_what_two_hosts_send_each_other_is_what_the_paper_counts(capsys):
+    tiny = ["--tiny", "--job", "convolutions", "--batch", "5", "--steps", "3", "--repeats", "1"]
+    with ExitStack() as stack:
+        try:
+            hosts = stack.enter_context(Hosts("1gbit"))
+        except OSError as error:
+            pytest.skip(str(error))
+        members = processes.measure_on(2, tiny, cores=2, hosts=hosts)
+    network = scaling.Network(members[0]["gates"], 0, features=16, classes=10, heads=1)
+    on_paper = scaling.messages(network, batch=5)
+    each = sum(scaling.bytes_sent(message, 2) for message in on_paper)
+    for member in members:
+        assert member["sent"] == {message.name: message.bytes for message in on_paper}
+        assert each <= member["carried"] < 2 * each, "with the headers of small packets"
+        assert member["seconds"].keys() == set(processes.PARTS)
