@@ -29,7 +29,7 @@ from ffw_fast.own import TITLE as OWN_TITLE
 from ffw_fast.own import options_in_file, own_workload
 from ffw_fast.progress import describe_time, make_progress
 from ffw_fast.report import write_report
-from ffw_fast.run import Request, check_folder, load_run, prepare_vanilla, run_workload
+from ffw_fast.run import VANILLA_CHECKPOINTS, Request, check_folder, load_run, prepare_vanilla, run_workload
 from ffw_fast.run_lock import locked
 from ffw_fast.run_state import CHECKPOINT
 from ffw_fast.schedule import SCHEDULES
@@ -114,7 +114,7 @@ def _what_is_left(options: argparse.Namespace) -> str:
     """What an interrupted command left in its folder, and how to go on."""
     if "out" not in options or not (out := Path(options.out)).exists():
         return ""
-    if options.command is _run and (out / CHECKPOINT).exists():
+    if options.command is _run and (out / CHECKPOINT).exists() and not (out / VANILLA_CHECKPOINTS.newest).exists():
         return f"; {out} keeps what was reached, continue with --resume"
     if any(not path.name.startswith(".") for path in out.iterdir()):
         return f"; {out} keeps what was finished, the same command goes on from there"

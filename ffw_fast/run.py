@@ -46,7 +46,7 @@ from ffw_fast.ops import joint_distribution, joint_information
 from ffw_fast.progress import Progress
 from ffw_fast.run_folder import EXAMPLES, REPORT
 from ffw_fast.run_lock import locked
-from ffw_fast.run_state import CHECKPOINT, PREVIOUS
+from ffw_fast.run_state import CHECKPOINT, PREVIOUS, Checkpoints, OtherRunError, RunState, differences
 from ffw_fast.seeding import seeded_generator
 from ffw_fast.settings import Settings
 from ffw_fast.theory import biasedness, label_information
@@ -56,6 +56,7 @@ from ffw_fast.workloads import Workload, get_workload
 
 VANILLA = "vanilla.safetensors"
 VANILLA_RECORD = "vanilla.json"
+VANILLA_CHECKPOINTS = Checkpoints.named("vanilla.checkpoint")  # while it is trained
 # Of one extraction from one network.
 RESULTS = (CHECKPOINT, PREVIOUS, SCORES, BEST_SCORES, MODEL, METRICS, HISTORY, EXAMPLES, REPORT)
 STAGING = ".writing-"
@@ -344,17 +345,12 @@ def check_folder(out: Path) -> None:
 
 
 def _check_resumed(out: Path, config: dict[str, Any]) -> None:
-    """``ValueError`` where the folder holds another run than the one that is to be continued."""
+    """``OtherRunError`` where the folder holds another run than the one that is to be continued."""
     if not (out / CONFIG).exists():
         return
     before, now = _identity(read_json(out / CONFIG)), _identity(json.loads(json.dumps(config)))
-    differences = [
-        f"{name} was {before.get(name)!r} and is now {now.get(name)!r}"
-        for name in sorted({*before, *now})
-        if before.get(name) != now.get(name)
-    ]
-    if differences:
-        raise ValueError(f"{out} holds another run, which cannot be resumed: {'; '.join(differences)}")
+    if unlike := differences(before, now):
+        raise OtherRunError(f"{out} holds another run, which cannot be resumed: {unlike}")
 
 
 def _identity(config: dict[str, Any]) -> dict[str, Any]:
@@ -368,8 +364,9 @@ def _remove_leftovers(out: Path) -> None:
     """Remove what a run that was killed left half written."""
     for path in out.glob(f"{STAGING}*"):
         shutil.rmtree(path, ignore_errors=True)
-    for path in out.glob("*.tmp"):
-        path.unlink(missing_ok=True)
+    for pattern in ("*.tmp", "*.new"):
+        for path in out.glob(pattern):
+            path.unlink(missing_ok=True)
 
 
 def _clear_results(out: Path) -> None:
@@ -434,7 +431,10 @@ def vanilla_identity(request: Request) -> dict[str, Any]:
 
 
 def trained_vanilla(request: Request, splits: Splits, progress: Progress) -> nn.Module:
-    """The biased network: as it comes if it is trained, else the run folder's if it was trained so there, else new."""
+    """The biased network: as it comes if it is trained, else the run folder's if it was trained so there, else new.
+
+    A training that was cut off goes on from its checkpoint where that is of the same network.
+    """
     recipe, settings = request.recipe, request.settings
     model = request.workload.build_model(request.seed)
     record = {**vanilla_identity(request), "samples": splits.vanilla and len(splits.vanilla.y)}
@@ -444,21 +444,25 @@ def trained_vanilla(request: Request, splits: Splits, progress: Progress) -> nn.
         return model.to(request.device or "cpu").eval()
     if (kept := _kept_vanilla(request.out, record)) is not None:
         model.load_state_dict(kept)
+        VANILLA_CHECKPOINTS.remove_from(request.out)  # which a kill may have left
         return model.to(request.device or "cpu").eval()
     progress.stage("vanilla training", recipe.epochs)
-    train_vanilla(
-        model,
-        splits.vanilla,
-        recipe,
-        seed=request.seed,
-        device=request.device,
-        precision="bf16" if settings.precision == "bf16" else "fp32",
-        val=splits.val,
-        on_epoch=lambda epoch, loss: progress.tick(epoch, f"loss {loss:.4f}"),
-    )
+    with RunState(request.out, record, resume=True, files=VANILLA_CHECKPOINTS) as state:
+        train_vanilla(
+            model,
+            splits.vanilla,
+            recipe,
+            seed=request.seed,
+            device=request.device,
+            precision="bf16" if settings.precision == "bf16" else "fp32",
+            val=splits.val,
+            on_epoch=lambda epoch, loss: progress.tick(epoch, f"loss {loss:.4f}"),
+            state=state,
+        )
     if not request.resume:  # else the checkpoint is checked against these weights
         _clear_results(request.out)
     _keep_vanilla(request.out, record, model)
+    VANILLA_CHECKPOINTS.remove_from(request.out)
     return model
 
 

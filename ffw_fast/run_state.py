@@ -1,14 +1,17 @@
-"""Checkpoints of a run: the last two are kept, and a run that was killed goes on from them to the same bits."""
+"""Checkpoints of a run: the last two are kept, and a run that was killed goes on from them to the same bits.
+
+The extraction and the biased network's training keep theirs in this way, under names of their own.
+"""
 
 import json
 import os
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, Self
+from typing import Any, NamedTuple, Protocol, Self
 
 from torch import Tensor
 
@@ -16,12 +19,32 @@ from ffw_fast.files import DamagedFileError, read_tensors, sync_folder, write_te
 from ffw_fast.run_lock import locked
 from ffw_fast.version import __version__
 
-CHECKPOINT = "checkpoint.safetensors"
-PREVIOUS = "checkpoint.previous.safetensors"
 FORMAT = 2
 MAY_DIFFER = ("max_epochs",)  # nothing before the last epoch depends on it, so a run may be extended
 SHARE = 0.01  # of a run's time that writing checkpoints may take ...
 LONGEST = 300.0  # ... unless that leaves the last one older than so many seconds
+
+
+class OtherRunError(ValueError):
+    """A checkpoint, or a folder, of another run than the one that is to go on."""
+
+
+class Checkpoints(NamedTuple):
+    """Names of the files that a run keeps."""
+
+    newest: str
+    previous: str
+
+    @classmethod
+    def named(cls, name: str) -> Self:
+        return cls(f"{name}.safetensors", f"{name}.previous.safetensors")
+
+    def remove_from(self, folder: Path) -> None:
+        for name in self:
+            (folder / name).unlink(missing_ok=True)
+
+
+CHECKPOINT, PREVIOUS = EXTRACTION = Checkpoints.named("checkpoint")
 
 
 class Resumable(Protocol):
@@ -60,25 +83,33 @@ class RunState:
         run_dir: the folder, made if it is not there; None for no checkpoints.
         identity: what a checkpoint must agree with to be continued: settings and a digest of the model's weights.
         resume: whether to continue from a checkpoint that is there.
+        files: what the checkpoints are called.
 
     Raises:
         OSError: the folder cannot be written. BlockingIOError, by ``with``: another run uses it.
     """
 
-    def __init__(self, run_dir: str | os.PathLike[str] | None, identity: dict[str, Any], resume: bool) -> None:
+    def __init__(
+        self,
+        run_dir: str | os.PathLike[str] | None,
+        identity: dict[str, Any],
+        resume: bool,
+        files: Checkpoints = EXTRACTION,
+    ) -> None:
         if resume and run_dir is None:
             raise ValueError("resume needs run_dir, the folder that holds the checkpoint")
         self.last: Snapshot | None = None
         self._folder = Path(run_dir) if run_dir is not None else None
         self._identity = {"format": FORMAT, "version": __version__, **identity}
         self._resume = resume
+        self._files = files
         self._is_own = False  # whether the newest checkpoint in the folder is of this run
         self._is_written = True  # whether it is of the last state
         self._written_at, self._write_seconds = 0.0, 0.0
         self._locked = ExitStack()
         if self._folder is not None:
             self._folder.mkdir(parents=True, exist_ok=True)
-            probe = self._folder / f"{CHECKPOINT}.probe"
+            probe = self._folder / f"{files.newest}.probe"
             probe.touch()
             probe.unlink()
 
@@ -96,13 +127,15 @@ class RunState:
         """Load the newest whole checkpoint into the run if there is one to be continued; whether there was.
 
         Raises:
-            ValueError: no checkpoint is whole, or it belongs to another run; the differences are listed.
+            DamagedFileError: no checkpoint is whole.
+            OtherRunError: it belongs to another run; the differences are listed.
+            ValueError: it is whole and does not fit this run.
         """
         if not self._resume or self._folder is None:
             return False
-        newest = self._folder / CHECKPOINT
+        newest, previous = (self._folder / name for name in self._files)
         damaged: list[DamagedFileError] = []
-        for path in (newest, self._folder / PREVIOUS):
+        for path in (newest, previous):
             try:
                 snapshot = self._read(path, run)
             except FileNotFoundError:
@@ -153,7 +186,8 @@ class RunState:
         """Write the last state, so that a kill at any instant leaves a whole checkpoint."""
         assert self._folder is not None and self.last is not None
         started = time.perf_counter()
-        newest, previous, arriving = (self._folder / name for name in (CHECKPOINT, PREVIOUS, f"{CHECKPOINT}.new"))
+        newest, previous = (self._folder / name for name in self._files)
+        arriving = self._folder / f"{self._files.newest}.new"
         texts = {"record": self.last.record, "identity": json.dumps(self._identity)}
         try:
             write_tensors(arriving, self.last.tensors, texts)
@@ -170,11 +204,14 @@ class RunState:
         self._write_seconds = self._written_at - started
 
     def _check(self, path: Path, found: dict[str, Any]) -> None:
-        names = sorted({*found, *self._identity})
-        differences = [
-            f"{name} was {found.get(name)!r} and is now {self._identity.get(name)!r}"
-            for name in names
-            if name not in MAY_DIFFER and found.get(name) != self._identity.get(name)
-        ]
-        if differences:
-            raise ValueError(f"{path} belongs to another run: {'; '.join(differences)}")
+        if unlike := differences(found, self._identity, MAY_DIFFER):
+            raise OtherRunError(f"{path} belongs to another run: {unlike}")
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any], may_differ: Collection[str] = ()) -> str:
+    """What two runs differ in, as the end of a sentence; empty where they agree."""
+    return "; ".join(
+        f"{name} was {before.get(name)!r} and is now {now.get(name)!r}"
+        for name in sorted({*before, *now} - {*may_differ})
+        if before.get(name) != now.get(name)
+    )

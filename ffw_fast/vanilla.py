@@ -1,9 +1,10 @@
 """Training of the vanilla network: ordinary cross-entropy on the biased set, before any debiasing."""
 
 import math
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -14,11 +15,16 @@ from ffw_fast.convolutions import cheapest_convolutions
 from ffw_fast.data.augmentation import crop_at_random, flip_at_random
 from ffw_fast.data.pixels import Pixels
 from ffw_fast.data.samples import Samples
+from ffw_fast.files import DamagedFileError
 from ffw_fast.gated_network import EVALUATION_BATCH
+from ffw_fast.run_state import OtherRunError, RunState
 from ffw_fast.seeding import epoch_order, seeded_generator
 
 PATIENCE = 10  # epochs without a new lowest validation loss, of the "plateau" schedule
 COOLDOWN = 5  # epochs after a cut in which none is counted
+# What a checkpoint keeps of PyTorch's optimizers and of its scheduler, by PyTorch's names.
+OPTIMIZER_STATE = {"sgd": ("momentum_buffer",), "adam": ("step", "exp_avg", "exp_avg_sq")}
+PLATEAU_STATE = ("best", "num_bad_epochs", "cooldown_counter", "last_epoch", "_last_lr")
 
 
 @dataclass(frozen=True)
@@ -88,6 +94,7 @@ def train_vanilla(
     precision: Literal["fp32", "bf16"] = "fp32",
     val: Samples | None = None,
     on_epoch: Callable[[int, float], None] | None = None,
+    state: RunState | None = None,
 ) -> nn.Module:
     """Trains ``model`` in place and returns it in eval mode.
 
@@ -100,7 +107,10 @@ def train_vanilla(
         precision: "bf16" runs the network under autocast, with weights and their updates in float32. On a
             processor without bf16 instructions that is many times slower than "fp32".
         val: where the loss is measured after every epoch of a "plateau" schedule.
-        on_epoch: called after every epoch with the number of epochs done and the mean training loss.
+        on_epoch: called after every epoch with the number of epochs done and the mean training loss; also where the
+            training goes on from a checkpoint.
+        state: checkpoints that the training goes on from, to the same bits, and that it leaves; None for none. Where
+            they belong to another training, or none is whole, a warning says so and it begins anew.
 
     Raises:
         FloatingPointError: the loss is no longer finite.
@@ -114,29 +124,91 @@ def train_vanilla(
             f"got {len(samples.x)} and {len(samples.y)}"
         )
     device = torch.device(device) if device is not None else next(model.parameters()).device
-    samples = samples.to(device)
-    model.to(device).train()
-    optimizer, example = recipe.build_optimizer(model), samples.x[:2]
-    plateau = _Plateau(recipe, model, val, optimizer, precision) if recipe.schedule == "plateau" else None
-    with cheapest_convolutions(model, example):
-        for epoch in range(recipe.epochs):
-            if plateau is None:
-                for group in optimizer.param_groups:
-                    group["lr"] = recipe.learning_rate(epoch)
-            order = epoch_order(len(samples.y), seed, "vanilla batches", epoch)
-            augmentation = seeded_generator(seed, f"vanilla augmentation {epoch}")
-            loss = _train_epoch(model, _batches(samples, order, recipe, augmentation), optimizer, precision)
-            if not math.isfinite(loss):
-                raise FloatingPointError(
-                    f"the vanilla network's training loss is {loss} in epoch {epoch + 1} of {recipe.epochs} "
-                    f"({recipe.optimizer}, learning rate {recipe.learning_rate(epoch):g}); "
-                    "lower the learning rate, or check the inputs for NaN"
-                )
+    training = _Training(model.to(device).train(), samples.to(device), recipe, seed, precision, val)
+    if state is not None and _goes_on(training, state) and on_epoch is not None:
+        on_epoch(training.epochs, training.loss)
+    with cheapest_convolutions(model, training.samples.x[:2]):
+        while not training.has_ended:
+            training.train_epoch()
+            if state is not None:
+                state.save(training)
             if on_epoch is not None:
-                on_epoch(epoch + 1, loss)
-            if plateau is not None and plateau.has_ended():
-                break
+                on_epoch(training.epochs, training.loss)
     return model.eval()
+
+
+def _goes_on(training: "_Training", state: RunState) -> bool:
+    """Whether there was a checkpoint to go on from."""
+    try:
+        return state.restore(training)
+    except (DamagedFileError, OtherRunError) as error:  # before anything was loaded
+        warnings.warn(f"{error}; the biased network is trained from the beginning", stacklevel=3)
+        return False
+
+
+class _Training:
+    """A training under way: the network, its optimizer, and how far they are."""
+
+    def __init__(
+        self, model: nn.Module, samples: Samples, recipe: Recipe, seed: int, precision: str, val: Samples | None
+    ) -> None:
+        self.model, self.samples, self.recipe, self.seed, self.precision = model, samples, recipe, seed, precision
+        self.optimizer = recipe.build_optimizer(model)
+        self.plateau = (
+            _Plateau(recipe, model, val, self.optimizer, precision) if recipe.schedule == "plateau" else None
+        )
+        self.epochs, self.loss = 0, math.nan  # done, and of the last one
+
+    @property
+    def has_ended(self) -> bool:
+        return self.epochs >= self.recipe.epochs or (self.plateau is not None and self.plateau.has_ended)
+
+    def train_epoch(self) -> None:
+        recipe, epoch = self.recipe, self.epochs
+        if self.plateau is None:
+            self.optimizer.param_groups[0]["lr"] = recipe.learning_rate(epoch)
+        order = epoch_order(len(self.samples.y), self.seed, "vanilla batches", epoch)
+        augmentation = seeded_generator(self.seed, f"vanilla augmentation {epoch}")
+        batches = _batches(self.samples, order, recipe, augmentation)
+        self.loss = _train_epoch(self.model, batches, self.optimizer, self.precision)
+        if not math.isfinite(self.loss):
+            raise FloatingPointError(
+                f"the vanilla network's training loss is {self.loss} in epoch {epoch + 1} of {recipe.epochs} "
+                f"({recipe.optimizer}, learning rate {recipe.learning_rate(epoch):g}); "
+                "lower the learning rate, or check the inputs for NaN"
+            )
+        if self.plateau is not None:
+            self.plateau.judge()
+        self.epochs += 1
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """All that the next epoch depends on. Orders and augmentation follow from the seed and the epoch."""
+        network = {f"network.{name}": value for name, value in self.model.state_dict().items()}
+        record: dict[str, Any] = {"epochs": self.epochs, "loss": self.loss}
+        if self.plateau is not None:
+            record["plateau"] = self.plateau.state()
+        return {**network, **self._optimizer_state()}, record
+
+    def load_state(self, tensors: dict[str, Tensor], record: dict[str, Any]) -> None:
+        self.model.load_state_dict({name: tensors[f"network.{name}"] for name in self.model.state_dict()})
+        for name, value in self._optimizer_state().items():
+            value.copy_(tensors[name])
+        if self.plateau is not None:
+            self.plateau.load_state(record["plateau"])
+        self.epochs, self.loss = record["epochs"], record["loss"]
+
+    def _optimizer_state(self) -> dict[str, Tensor]:
+        """The optimizer's own tensors; zeros, as it would begin with, where it has not made them yet."""
+        tensors = {}
+        (group,) = self.optimizer.param_groups
+        for number, parameter in enumerate(group["params"]):
+            for name in OPTIMIZER_STATE[self.recipe.optimizer]:
+                own = self.optimizer.state[parameter]
+                if own.get(name) is None:
+                    empty = torch.zeros((), device=parameter.device) if name == "step" else torch.zeros_like(parameter)
+                    own[name] = empty
+                tensors[f"optimizer.{number}.{name}"] = own[name]
+        return tensors
 
 
 class _Plateau:
@@ -153,10 +225,21 @@ class _Plateau:
             optimizer, factor=recipe.lr_cut, patience=PATIENCE, threshold=0, cooldown=COOLDOWN
         )
 
-    def has_ended(self) -> bool:
-        """Judge the epoch that has just ended; whether the learning rate has fallen far enough."""
+    def judge(self) -> None:
+        """Take in the epoch that has just ended."""
         self.scheduler.step(self._loss())
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether the learning rate has fallen far enough."""
         return float(self.scheduler.get_last_lr()[0]) < self.lr_end
+
+    def state(self) -> dict[str, Any]:
+        return {name: getattr(self.scheduler, name) for name in PLATEAU_STATE}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        self.scheduler.load_state_dict({name: state[name] for name in PLATEAU_STATE})
+        (self.scheduler.optimizer.param_groups[0]["lr"],) = self.scheduler.get_last_lr()
 
     @torch.no_grad()
     def _loss(self) -> float:

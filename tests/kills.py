@@ -3,7 +3,8 @@
 Every run is a process of its own, forked from this one. It is killed at a random instant, or, every second time, by
 itself at a random step of writing a file: before or after it, halfway through, before or after the flush to the disk
 and every renaming. After one to three kills it is let go on to its end. Scores, best scores, masks, history and metrics
-must then be, bit by bit, those of a run that nobody killed; times aside.
+must then be, bit by bit, those of a run that nobody killed; times aside. So must the weights and buffers of biased
+networks, whose training is killed likewise.
 """
 
 import argparse
@@ -21,12 +22,17 @@ from typing import Any
 
 import torch
 
-from ffw_fast import files, heads, run_state, schedule
+from ffw_fast import files, heads, run_state, schedule, vanilla
+from ffw_fast.data.pixels import Pixels
+from ffw_fast.data.samples import Samples, Splits
 from ffw_fast.extract import extract
 from ffw_fast.extraction import read_history, read_json
+from ffw_fast.models import SimpleConvNet
 from ffw_fast.progress import Progress
-from ffw_fast.run import Request, run_workload
-from ffw_fast.workloads import get_workload
+from ffw_fast.run import Request, prepare_vanilla, run_workload
+from ffw_fast.run_state import EXTRACTION
+from ffw_fast.vanilla import Recipe
+from ffw_fast.workloads import Workload, get_workload
 from tests.tiny import arguments, network, samples
 
 EXTRACTIONS: list[dict[str, Any]] = [
@@ -34,6 +40,10 @@ EXTRACTIONS: list[dict[str, Any]] = [
     {"schedule": "adaptive", "anneal_rate": 2e-6},
     {"schedule": "published", "gate": "bernoulli"},
     {"schedule": "adaptive", "gate": "concrete", "anneal_rate": 2e-6},
+]
+VANILLA: list[dict[str, Any]] = [
+    {"optimizer": "adam", "lr": 0.01, "schedule": "cosine"},
+    {"optimizer": "sgd", "lr": 0.1, "schedule": "plateau", "lr_end": 1e-6, "flips": True, "crop_padding": 1},
 ]
 TIMES = ("seconds", "stages")
 
@@ -44,13 +54,35 @@ def run_extraction(folder: Path, settings: dict[str, Any]) -> None:
     found.save(folder)
 
 
+def run_vanilla(folder: Path, settings: dict[str, Any]) -> None:
+    workload = Workload(
+        name="images",
+        title="Small images",
+        bias_names=("bias",),
+        bottleneck="flatten",
+        network=SimpleConvNet,
+        data=lambda _data_dir, _seed: Splits(*(images(seed) for seed in range(4))),
+        full_recipe=None,
+        shipped_recipe=Recipe(batch_size=8, epochs=25, **settings),
+    )
+    prepare_vanilla(Request(workload=workload, out=folder), Progress())
+
+
+def images(seed: int) -> Samples:
+    """20 images of noise, 7x7 pixels."""
+    source = torch.Generator().manual_seed(seed)
+    x = torch.randint(256, (20, 3, 7, 7), dtype=torch.uint8, generator=source)
+    y, b = torch.randint(10, (20,), generator=source), torch.randint(10, (20, 1), generator=source)
+    return Samples(Pixels(x, (0.5,) * 3, (0.25,) * 3), y, b)
+
+
 def run_everything(folder: Path, _settings: dict[str, Any]) -> None:
     request = Request(
         workload=get_workload("multi-color-mnist"),
         out=folder,
         data_options={"train_size": 100, "unbiased_size": 100},
         extraction={"max_epochs": 8},
-        vanilla_epochs=2,
+        vanilla_epochs=8,
         resume=True,
     )
     run_workload(request, Progress())
@@ -75,6 +107,7 @@ def make_short() -> None:
     torch.set_num_threads(1)
     heads.MAX_EPOCHS = 6
     schedule.MI_PATIENCE = 0
+    vanilla.PATIENCE = vanilla.COOLDOWN = 0
     run_state.LONGEST = 0.0
 
 
@@ -118,7 +151,9 @@ def result(folder: Path) -> dict[str, Any]:
             return {name: timeless(entry) for name, entry in value.items() if name not in TIMES}
         return value
 
-    tensors = {path.name: path.read_bytes() for path in folder.glob("*.safetensors") if "checkpoint" not in path.name}
+    tensors = {path.name: path.read_bytes() for path in folder.glob("*.safetensors") if path.name not in EXTRACTION}
+    if "vanilla.safetensors" in tensors and not (folder / "metrics.json").exists():
+        return tensors
     history = [timeless(row) for row in read_history(folder / "history.csv")]
     return {**tensors, "history": history, "metrics": timeless(read_json(folder / "metrics.json"))}
 
@@ -175,6 +210,7 @@ class Trials:
 def main(given: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=200, help="of extractions, at least (default: %(default)s)")
+    parser.add_argument("--vanilla-kills", type=int, default=0, help="of biased networks (default: %(default)s)")
     parser.add_argument("--workload-kills", type=int, default=0, help="of whole workloads (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the instants (default: %(default)s)")
     options = parser.parse_args(given)
@@ -182,7 +218,9 @@ def main(given: list[str] | None = None) -> int:
     source = random.Random(options.seed)
     total: Counter[str] = Counter()
     with TemporaryDirectory() as scratch:
+        kinds: list[tuple[Callable[[Path, dict], None], dict[str, Any], float]]
         kinds = [(run_extraction, settings, options.kills / len(EXTRACTIONS)) for settings in EXTRACTIONS]
+        kinds += [(run_vanilla, settings, options.vanilla_kills / len(VANILLA)) for settings in VANILLA]
         kinds.append((run_everything, {}, options.workload_kills))
         for number, (run, settings, kills) in enumerate(kinds):
             if not kills:

@@ -12,11 +12,11 @@ pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="runs are forked
 
 
 @pytest.mark.parametrize(
-    "kills", [pytest.param((4, 1), id="a few"), pytest.param((200, 20), id="many", marks=pytest.mark.slow)]
+    "kills", [pytest.param((4, 4, 1), id="a few"), pytest.param((200, 100, 20), id="many", marks=pytest.mark.slow)]
 )
 def test_killed_runs_end_with_the_same_bits(kills):
-    extractions, workloads = map(str, kills)
-    command = [sys.executable, "-m", "tests.kills", "--kills", extractions, "--workload-kills", workloads]
+    options = zip(("--kills", "--vanilla-kills", "--workload-kills"), map(str, kills), strict=True)
+    command = [sys.executable, "-m", "tests.kills", *(part for option in options for part in option)]
     done = subprocess.run(
         command,
         capture_output=True,

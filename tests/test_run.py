@@ -15,7 +15,7 @@ import ffw_fast.run as runs
 from ffw_fast.interrupts import Terminated
 from ffw_fast.ops import joint_distribution, joint_information
 from ffw_fast.progress import Progress
-from ffw_fast.run import Request, information_floor, run_workload
+from ffw_fast.run import Request, information_floor, prepare_vanilla, run_workload
 from ffw_fast.run_lock import LOCK
 from ffw_fast.workloads import get_workload
 
@@ -51,6 +51,24 @@ class Stages(Progress):
     def tick(self, done: int, text: str) -> None:
         if (self.seen[-1], done) == self._interrupt_at:
             raise KeyboardInterrupt
+
+
+class Ticks(Progress):
+    """Keeps which epochs of the vanilla training were told of, and ends the process as SIGTERM does after one."""
+
+    def __init__(self, terminate_at: int | None = None) -> None:
+        self.epochs: list[int] = []
+        self._terminate_at = terminate_at
+        self._here = False
+
+    def stage(self, title: str, epochs: int = 0) -> None:
+        self._here = title == "vanilla training"
+
+    def tick(self, done: int, text: str) -> None:
+        if self._here:
+            self.epochs.append(done)
+        if self._here and done == self._terminate_at:
+            raise Terminated(signal.SIGTERM)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -135,11 +153,54 @@ def test_bad_data_options_leave_the_folder_as_it_is(finished):
     assert contents(finished) == before
 
 
-def test_an_interrupt_before_the_extraction_leaves_the_folder_as_it_is(finished):
-    before = contents(finished)
+def test_an_interrupt_before_the_extraction_leaves_the_folder_as_it_is_and_a_checkpoint(finished, tmp_path):
+    before, request = contents(finished), request_for(finished, seed=1, vanilla_epochs=4)
     with pytest.raises(KeyboardInterrupt):
-        run_workload(request_for(finished, seed=1, vanilla_epochs=3), Stages(("vanilla training", 2)))
-    assert contents(finished) == before
+        run_workload(request, Stages(("vanilla training", 2)))
+    left = contents(finished)
+    assert {name: left[name] for name in before} == before
+    assert left.keys() - before.keys() == set(runs.VANILLA_CHECKPOINTS)
+    ticks = Ticks()
+    run_workload(request, ticks)
+    assert ticks.epochs == [2, 3, 4], "the same command goes on"
+    straight = replace(request, out=tmp_path / "straight")
+    run_workload(straight, Progress())
+    for name in ("vanilla.safetensors", "scores.safetensors", "model.safetensors"):
+        assert contents(finished)[name] == contents(straight.out)[name]
+    assert not list(finished.glob("vanilla.checkpoint*"))
+
+
+@pytest.mark.parametrize("prepared", [True, False], ids=["--vanilla-only", "run"])
+def test_sigterm_in_the_vanilla_training_leaves_a_checkpoint(tmp_path, prepared):
+    work = prepare_vanilla if prepared else run_workload
+    request = request_for(tmp_path, vanilla_epochs=3, extraction={"max_epochs": 1}, resume=True)
+    with pytest.raises(Terminated):
+        work(request, Ticks(terminate_at=2))
+    assert "vanilla.checkpoint.safetensors" in contents(tmp_path)
+    ticks = Ticks()
+    work(request, ticks)
+    assert ticks.epochs == [2, 3]
+    assert "vanilla.safetensors" in contents(tmp_path)
+    assert "vanilla.checkpoint.safetensors" not in contents(tmp_path)
+
+
+def test_a_checkpoint_of_another_vanilla_network_is_not_used(tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        run_workload(request_for(tmp_path, vanilla_epochs=3), Stages(("vanilla training", 2)))
+    ticks = Ticks()
+    with pytest.warns(UserWarning, match=r"vanilla.checkpoint.* another run: recipe was .* and is now .* beginning"):
+        run_workload(request_for(tmp_path, vanilla_epochs=2), ticks)
+    assert ticks.epochs == [1, 2]
+
+
+def test_what_a_kill_left_beside_a_finished_vanilla_network_is_removed(finished):
+    for name in runs.VANILLA_CHECKPOINTS:
+        (finished / name).write_bytes(b"left")
+    (finished / "vanilla.checkpoint.safetensors.new").write_bytes(b"left")
+    stages = Stages()
+    run_workload(request_for(finished), stages)
+    assert "vanilla training" not in stages.seen
+    assert not list(finished.glob("vanilla.checkpoint*"))
 
 
 def test_an_interrupt_before_the_first_epoch_leaves_the_vanilla_network(tmp_path):

@@ -1,14 +1,18 @@
 """Training of the vanilla network."""
 
 import dataclasses
+from contextlib import suppress
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from ffw_fast.data import Samples, multi_color_mnist
 from ffw_fast.data.pixels import Pixels
 from ffw_fast.models import MLP, SimpleConvNet
+from ffw_fast.run_state import Checkpoints, RunState
 from ffw_fast.vanilla import Recipe, train_vanilla
 from ffw_fast.workloads import get_workload
 
@@ -182,19 +186,14 @@ def test_the_cosine_falls_to_nothing():
 
 def test_plateaus_of_the_validation_loss_cut_the_learning_rate_and_end_the_training(monkeypatch):
     """A loss that never falls: patience 10 and cooldown 5, so cuts after epochs 12, 28 and 44, the last below 1e-3."""
-    monkeypatch.setattr("ffw_fast.vanilla._Plateau._loss", lambda self: 1.0)
     recipe, rates = Recipe("sgd", lr=0.1, batch_size=10, epochs=80, schedule="plateau", lr_end=1e-3), []
-    build = Recipe.build_optimizer
-    optimizers = []
-    monkeypatch.setattr(Recipe, "build_optimizer", lambda *given: optimizers.append(build(*given)) or optimizers[0])
-    train_vanilla(
-        MLP(),
-        few_samples(),
-        recipe,
-        seed=0,
-        val=few_samples(),
-        on_epoch=lambda *_: rates.append(optimizers[0].param_groups[0]["lr"]),
-    )
+
+    def loss(plateau) -> float:
+        rates.append(plateau.scheduler.optimizer.param_groups[0]["lr"])
+        return 1.0
+
+    monkeypatch.setattr("ffw_fast.vanilla._Plateau._loss", loss)
+    train_vanilla(MLP(), few_samples(), recipe, seed=0, val=few_samples())
     assert rates == pytest.approx([0.1] * 12 + [0.01] * 16 + [0.001] * 16)
 
 
@@ -229,3 +228,123 @@ def test_flips_and_crops_are_of_the_bytes_and_seeded():
     assert (first[0] == -2).any(), "black borders: (0 - 0.5) / 0.25"
     with pytest.raises(TypeError, match="flips and crops are of images kept as bytes"):
         train_vanilla(MLP(), few_samples(), recipe, seed=0)
+
+
+# checkpoints ---------------------------------------------------------------------------------------------------------
+
+FILES = Checkpoints.named("training")
+RECIPES = {
+    "adam": Recipe("adam", lr=0.01, batch_size=4, epochs=6, schedule="cosine"),
+    "sgd": Recipe("sgd", lr=0.1, batch_size=4, epochs=6, milestones=(0.3, 0.6)),
+    "plateau": Recipe("sgd", lr=0.1, batch_size=4, epochs=30, schedule="plateau", lr_end=1e-3, flips=True),
+}
+
+
+class Interrupted(Exception):
+    pass
+
+
+@pytest.fixture
+def quick_plateaus(monkeypatch):
+    monkeypatch.setattr("ffw_fast.vanilla.PATIENCE", 0)
+    monkeypatch.setattr("ffw_fast.vanilla.COOLDOWN", 1)
+
+
+def images(seed: int) -> Samples:
+    source = torch.Generator().manual_seed(seed)
+    x = torch.randint(256, (10, 3, 8, 8), dtype=torch.uint8, generator=source)
+    return Samples(Pixels(x, (0.5,) * 3, (0.25,) * 3), torch.arange(10), torch.zeros((10, 1), dtype=torch.int64))
+
+
+def bits(folder: Path | None, recipe: Recipe, stop_after: int | None = None) -> tuple[dict[str, torch.Tensor], list]:
+    """Weights and buffers of a trained network, and its losses; what was reached goes on in the same folder."""
+    model, losses = get_workload("biased-mnist").build_model(0), []
+
+    def on_epoch(epoch: int, loss: float) -> None:
+        losses.append((epoch, loss))
+        if epoch == stop_after:
+            raise Interrupted
+
+    with RunState(folder, dataclasses.asdict(recipe) | {"milestones": []}, folder is not None, FILES) as state:
+        train_vanilla(model, images(1), recipe, seed=3, val=images(2), on_epoch=on_epoch, state=state)
+    return model.state_dict(), losses
+
+
+def assert_same_bits(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_training_that_was_cut_off_ends_with_the_same_bits(tmp_path, name, quick_plateaus):
+    recipe = RECIPES[name]
+    expected, losses = bits(None, recipe)
+    assert (len(losses) < recipe.epochs) == (name == "plateau"), "the learning rate fell below its end"
+    for stop in (1, 2, 5, len(losses)):
+        with pytest.raises(Interrupted):
+            bits(tmp_path, recipe, stop)
+    found, rest = bits(tmp_path, recipe)
+    assert_same_bits(found, expected)
+    assert rest == losses[-1:], "nothing is trained twice"
+    assert {path.name for path in tmp_path.iterdir()} >= {FILES.newest}
+
+
+def test_a_checkpoint_within_an_epoch_is_of_the_one_before(tmp_path):
+    """Ctrl-C comes anywhere."""
+    recipe = RECIPES["sgd"]
+    expected, losses = bits(None, recipe)
+    steps = []
+
+    def step(optimizer, *_given):
+        steps.append(optimizer)
+        if len(steps) == 8:
+            raise KeyboardInterrupt
+
+    hook = register_optimizer_step_post_hook(step)
+    with pytest.raises(KeyboardInterrupt):
+        bits(tmp_path, recipe)
+    hook.remove()
+    found, rest = bits(tmp_path, recipe)
+    assert_same_bits(found, expected)
+    assert rest == losses[1:]
+
+
+def test_a_damaged_checkpoint_falls_back_and_two_begin_anew(tmp_path, monkeypatch):
+    monkeypatch.setattr("ffw_fast.run_state.LONGEST", 0.0)
+    recipe = RECIPES["adam"]
+    expected, losses = bits(None, recipe)
+    with pytest.raises(Interrupted):
+        bits(tmp_path, recipe, 3)
+    (tmp_path / FILES.newest).write_bytes(b"half")
+    with pytest.warns(UserWarning, match=rf"{FILES.newest} is damaged.*goes on from the checkpoint before it"):
+        found, rest = bits(tmp_path, recipe)
+    assert_same_bits(found, expected)
+    assert rest == losses[1:]
+    for name in FILES:
+        (tmp_path / name).write_bytes(b"half")
+    with pytest.warns(UserWarning, match=r"is damaged.*is damaged.*trained from the beginning"):
+        found, rest = bits(tmp_path, recipe)
+    assert_same_bits(found, expected)
+    assert rest == losses
+
+
+def test_a_checkpoint_of_another_training_begins_anew(tmp_path):
+    with suppress(Interrupted):
+        bits(tmp_path, RECIPES["sgd"], 3)
+    expected, losses = bits(None, RECIPES["adam"])
+    with pytest.warns(UserWarning, match=r"another run: .*lr was 0.1 and is now 0.01; .*from the beginning"):
+        found, rest = bits(tmp_path, RECIPES["adam"])
+    assert_same_bits(found, expected)
+    assert rest == losses
+
+
+def test_a_loss_that_is_not_finite_keeps_the_last_good_checkpoint(tmp_path, monkeypatch):
+    recipe = RECIPES["sgd"]
+    expected, losses = bits(None, recipe)
+    rate = Recipe.learning_rate
+    with monkeypatch.context() as patch:
+        patch.setattr(Recipe, "learning_rate", lambda self, epoch: float("nan") if epoch == 3 else rate(self, epoch))
+        with pytest.raises(FloatingPointError, match="epoch 4 of 6"):
+            bits(tmp_path, recipe)
+    found, rest = bits(tmp_path, recipe)
+    assert_same_bits(found, expected)
+    assert rest == losses[2:]
