@@ -1,69 +1,24 @@
-// What all CPU operators do with tensors before the loops run: checks with the messages of ffw_fast/ops.py, memory
-// order, and 16-bit storage. PyTorch is used through its stable ABI only.
+// What all CPU operators do with tensors before the loops run: checks of memory that is at hand, and 16-bit storage.
+// PyTorch is used through its stable ABI only.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 
 #include <initializer_list>
-#include <sstream>
-#include <stdexcept>
-#include <string>
 
+#include "../checks.h"
 #include "loops.h"
 
 namespace ffw::cpu {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-
 // Checks ------------------------------------------------------------------------------------------------------------
 
-// Becomes a ValueError in Python.
-template <typename... Parts>
-void check_value(bool holds, const Parts&... message) {
-  if (holds) return;
-  std::ostringstream text;
-  (text << ... << message);
-  throw std::invalid_argument(text.str());
-}
-
-// Becomes a RuntimeError: a TypeError cannot be raised through the stable ABI.
-template <typename... Parts>
-void check_type(bool holds, const Parts&... message) {
-  if (holds) return;
-  std::ostringstream text;
-  (text << ... << message);
-  throw std::runtime_error(text.str());
-}
-
-std::string shape_text(const Tensor& tensor);  // "(3, 4)"
-std::string dtype_text(ScalarType dtype);      // "torch.float32"
-
-inline bool is_half(ScalarType dtype) { return dtype == ScalarType::BFloat16 || dtype == ScalarType::Half; }
-inline bool is_floating(ScalarType dtype) {
-  return is_half(dtype) || dtype == ScalarType::Float || dtype == ScalarType::Double;
-}
-
-bool same_shape(const Tensor& a, const Tensor& b);
 void check_on_cpu(std::initializer_list<const Tensor*> tensors);
-void check_shape_and_dtype(const char* name, const Tensor& tensor, const char* of, const Tensor& like);
-void check_pair(const Tensor& weight, const Tensor& scores);
-Kind checked_kind(int64_t kind);
 float checked_temperature(const Tensor& temperature);
 Draw checked_draw(const Tensor& draw);
 double checked_scalar(const char* name, const Tensor& tensor);  // one float32 or float64
 
 // Memory ------------------------------------------------------------------------------------------------------------
-
-// Whether all tensors (of one shape) keep their elements in one and the same order, without gaps, so that a loop may
-// run over their memory and ignore their dimensions.
-bool same_dense_order(std::initializer_list<const Tensor*> tensors);
-
-inline Tensor made_contiguous(const Tensor& tensor) {
-  return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
-}
 
 // A tensor's dense memory, read and written a block at a time in the precision that is computed with: float for
 // 16-bit storage, else its own.

@@ -29,7 +29,7 @@ Tensor run_dense(Kind kind, Tensor out, std::vector<Tensor> inputs, const std::v
 
 Tensor gate_weight(Tensor weight, Tensor scores, Tensor temperature, Tensor draw, int64_t kind_number) {
   const OnDevice device({&weight, &scores, &temperature, &draw});
-  check_pair(weight, scores, temperature, draw);
+  check_gates(weight, scores, temperature, draw);
   const Kind kind = checked_kind(kind_number);
   const Tensor dense_draw = made_contiguous(draw);
   const ScalarType dtype = weight.scalar_type();
@@ -49,7 +49,7 @@ Tensor gate_weight(Tensor weight, Tensor scores, Tensor temperature, Tensor draw
 Tensor gate_weight_backward(Tensor grad, Tensor weight, Tensor scores, Tensor temperature, Tensor draw,
                             int64_t kind_number) {
   const OnDevice device({&grad, &weight, &scores, &temperature, &draw});
-  check_pair(weight, scores, temperature, draw);
+  check_gates(weight, scores, temperature, draw);
   check_value(same_shape(grad, weight), "grad must have the weight's shape ", shape_text(weight), ", got ",
               shape_text(grad));
   const Kind kind = checked_kind(kind_number);

@@ -25,8 +25,9 @@ void gated_adam_step_(Tensor gated, Tensor scores, Tensor exp_avg, Tensor exp_av
                       int64_t kind_number, bool measure) {
   const OnDevice device({&gated, &scores, &exp_avg, &exp_avg_sq, &movement, &weight, &grad, &temperature,
                          &next_temperature, &step, &lr, &draw, &next_draw});
-  check_pair(weight, scores, temperature, draw);
-  check_pair(weight, scores, next_temperature, next_draw);
+  check_gates(weight, scores, temperature, draw);
+  check_temperature(next_temperature);
+  check_draw(next_draw);
   check_shape_and_dtype("gated", gated, "weight", weight);
   check_shape_and_dtype("grad", grad, "weight", weight);
   check_shape_and_dtype("exp_avg", exp_avg, "scores", scores);
