@@ -70,6 +70,6 @@ def _draw_gates(axes: Axes, by_time: dict[str, Rows]) -> None:
     for when, own in by_time.items():
         places, shares = [row["gate"] for row in own], [row["share"] for row in own]
         axes.step(places, shares, where="mid", color=color(WHEN[when]), label=f"{when} the first cut")
-    axes.set(xlabel="gate", xlim=(0, 1), ylim=(0, None))
+    axes.set(xlabel="gate", xlim=(0, 1), yscale="log")  # nearly all gates are open
     axes.set_title("published: share of gates", loc="left", fontsize=9)
-    axes.legend(loc="upper center", frameon=False, fontsize=8.5, labelcolor=color("ink"))
+    axes.legend(loc="upper left", frameon=False, fontsize=8.5, labelcolor=color("ink"))
