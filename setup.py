@@ -109,6 +109,7 @@ torch = find_torch()
 setup(
     packages=find_packages(include=["ffw_fast", "ffw_fast.*"])
     + [f"ffw_fast.{name}" for name in find_packages(include=["kernels", "kernels.*", "benchmarks"])],
+    py_modules=["ffw_fast_command"],
     package_dir={"ffw_fast.kernels": "kernels", "ffw_fast.benchmarks": "benchmarks"},
     ext_modules=extensions(torch),
     cmdclass={"build_ext": BuildLibraries},

@@ -1,6 +1,5 @@
 """FFW and BISE beside what they are up against, over seeds: what each network does, what leaks, and what it took."""
 
-import json
 import os
 import time
 import warnings
@@ -8,8 +7,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property, partial
 from itertools import product
+from pathlib import Path
 from statistics import mean, stdev
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from rich.table import Table
@@ -20,13 +20,16 @@ from ffw_fast.compact import compact
 from ffw_fast.data.samples import Inputs, Splits
 from ffw_fast.extract import extract
 from ffw_fast.extraction import Extraction, sparsity
-from ffw_fast.files import read_json, write_json
+from ffw_fast.files import DamagedFileError, read_json, write_json
 from ffw_fast.progress import Progress
-from ffw_fast.run import Request, extraction_task, leakage, trained_vanilla
+from ffw_fast.run import Request, check_folder, extraction_task, leakage, trained_vanilla
+from ffw_fast.run_lock import locked
+from ffw_fast.run_state import check_same_run
 from ffw_fast.settings import Settings
 
 BASELINE_STEPS = 3600  # of the baselines that train on the unbiased set; the best epoch by validation is kept
 RESULTS = "compare.json"
+Rows: TypeAlias = dict[str, list[dict[str, Any]]]  # method -> one row of metrics a seed
 
 
 @dataclass(frozen=True)
@@ -47,17 +50,24 @@ class Setting:
 
 def compare(
     request: Request, seeds: list[int], settings: list[Setting], progress: Progress
-) -> dict[str, list[dict[str, Any]]]:
+) -> Rows:
     """Method -> one row of metrics a seed, on the unbiased test set with heads fitted afresh.
 
-    Results are written to ``compare.json`` in the request's folder after every method; what is there already for the
-    same data and settings is not computed again.
+    Results are written to ``compare.json`` in the request's folder after every method; what is there already is not
+    computed again.
+
+    Raises:
+        OtherRunError: ``compare.json`` is of other data or settings; the differences are listed.
+        OSError: the folder cannot be written, or another comparison or run uses it (BlockingIOError).
     """
-    request.out.mkdir(parents=True, exist_ok=True)
-    path = request.out / RESULTS
-    identity = json.loads(json.dumps(_identity(request)))
-    kept = read_json(path) if path.exists() else {}
-    rows: dict[str, list[dict[str, Any]]] = kept.get("methods", {}) if kept.get("identity") == identity else {}
+    check_folder(request.out)
+    with locked(request.out):
+        return _compare(request, seeds, settings, progress)
+
+
+def _compare(request: Request, seeds: list[int], settings: list[Setting], progress: Progress) -> Rows:
+    path, identity = request.out / RESULTS, _identity(request)
+    rows = _kept_rows(path, identity)
     for seed in seeds:
         ours = replace(request, seed=seed, out=request.out / f"seed-{seed}")
         ours.out.mkdir(parents=True, exist_ok=True)
@@ -85,6 +95,17 @@ def compare(
             done.append({"seed": seed, **row, "macs": macs(network, splits.test.x)})
             write_json(path, {"identity": identity, "methods": rows})
     return rows
+
+
+def _kept_rows(path: Path, identity: dict[str, Any]) -> Rows:
+    """What an earlier call has computed."""
+    if not path.exists():
+        return {}
+    kept = read_json(path)
+    if not isinstance(kept.get("identity"), dict) or not isinstance(kept.get("methods"), dict):
+        raise DamagedFileError(f"{path} is damaged, or no comparison: it must hold identity and methods")
+    check_same_run(f"{path} holds another comparison; take another folder", kept["identity"], identity)
+    return kept["methods"]
 
 
 def _identity(request: Request) -> dict[str, Any]:

@@ -46,7 +46,7 @@ from ffw_fast.ops import joint_distribution, joint_information
 from ffw_fast.progress import Progress
 from ffw_fast.run_folder import EXAMPLES, REPORT
 from ffw_fast.run_lock import locked
-from ffw_fast.run_state import CHECKPOINT, PREVIOUS, Checkpoints, OtherRunError, RunState, differences
+from ffw_fast.run_state import CHECKPOINT, PREVIOUS, Checkpoints, RunState, check_same_run
 from ffw_fast.seeding import seeded_generator
 from ffw_fast.settings import Settings
 from ffw_fast.theory import biasedness, label_information
@@ -348,16 +348,7 @@ def _check_resumed(out: Path, config: dict[str, Any]) -> None:
     """``OtherRunError`` where the folder holds another run than the one that is to be continued."""
     if not (out / CONFIG).exists():
         return
-    before, now = _identity(read_json(out / CONFIG)), _identity(json.loads(json.dumps(config)))
-    if unlike := differences(before, now):
-        raise OtherRunError(f"{out} holds another run, which cannot be resumed: {unlike}")
-
-
-def _identity(config: dict[str, Any]) -> dict[str, Any]:
-    """What a run must agree in with the one that it continues."""
-    settings = config.get("settings")
-    merged = {**config, **(settings if isinstance(settings, dict) else {})}
-    return {name: value for name, value in merged.items() if name not in MAY_DIFFER}
+    check_same_run(f"{out} holds another run, which cannot be resumed", read_json(out / CONFIG), config, MAY_DIFFER)
 
 
 def _remove_leftovers(out: Path) -> None:

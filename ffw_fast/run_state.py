@@ -204,14 +204,28 @@ class RunState:
         self._write_seconds = self._written_at - started
 
     def _check(self, path: Path, found: dict[str, Any]) -> None:
-        if unlike := differences(found, self._identity, MAY_DIFFER):
-            raise OtherRunError(f"{path} belongs to another run: {unlike}")
+        check_same_run(f"{path} belongs to another run", found, self._identity, MAY_DIFFER)
 
 
-def differences(before: Mapping[str, Any], now: Mapping[str, Any], may_differ: Collection[str] = ()) -> str:
-    """What two runs differ in, as the end of a sentence; empty where they agree."""
-    return "; ".join(
+def check_same_run(
+    otherwise: str, before: Mapping[str, Any], now: Mapping[str, Any], may_differ: Collection[str] = ()
+) -> None:
+    """``OtherRunError`` that says ``otherwise`` and lists the differences, where two records are not of one run.
+
+    A record is what JSON can hold. Its settings, where it has such a part, are compared one by one.
+    """
+    before, now = _flat(before), _flat(json.loads(json.dumps(now)))
+    differences = [
         f"{name} was {before.get(name)!r} and is now {now.get(name)!r}"
         for name in sorted({*before, *now} - {*may_differ})
         if before.get(name) != now.get(name)
-    )
+    ]
+    if differences:
+        raise OtherRunError(f"{otherwise}: {'; '.join(differences)}")
+
+
+def _flat(record: Mapping[str, Any]) -> dict[str, Any]:
+    settings = record.get("settings")
+    if not isinstance(settings, dict):
+        return dict(record)
+    return {name: value for name, value in {**record, **settings}.items() if name != "settings"}

@@ -1,6 +1,8 @@
 """FFW beside its baselines."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -69,11 +71,43 @@ def test_compare_keeps_what_is_done_and_shows_every_method(tmp_path, capsys, mon
         "BISE",
         "BISE, fine-tuned",
     ]
+    before = (tmp_path / "compare.json").read_bytes()
+    others = ["--seeds", "3", "--max-epochs", "2", "--train-size", "100"]
+    assert main([*arguments, *others]) == 2
+    error = capsys.readouterr().err
+    assert f"{tmp_path / 'compare.json'} holds another comparison; take another folder: " in error
+    assert "max_epochs was 1 and is now 2" in error
+    assert "data_options was {'train_size': 200, 'unbiased_size': 100} and is now" in error
+    assert (tmp_path / "compare.json").read_bytes() == before
+    assert not (tmp_path / "seed-3").exists(), "before any work"
     for name, rows in both.items():
         assert [row["seed"] for row in rows] == [1, 2]
         assert rows[0] == first[name][0], "what was there is not computed again"
         assert name in shown
     assert both["BISE"][0]["needs"] == "200 biased, 2000 unbiased to select"
+
+
+def test_a_second_comparison_in_the_folder_is_refused(tmp_path, capsys):
+    """Of another process: record locks are not between threads."""
+    holder = (
+        "import sys, pathlib; from ffw_fast.run_lock import locked\n"
+        "with locked(pathlib.Path(sys.argv[1])): print('held', flush=True); sys.stdin.read()"
+    )
+    command = [sys.executable, "-c", holder, str(tmp_path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == "held\n"
+        assert main(["compare", "multi-color-mnist", "--out", str(tmp_path), "--seeds", "1"]) == 2
+        other.stdin.close()
+    assert f"the run folder {tmp_path} is in use by process {other.pid}" in capsys.readouterr().err
+    assert {path.name for path in tmp_path.iterdir()} == {".lock"}
+
+
+@pytest.mark.parametrize("content", ["[]", "{}", "half", '{"identity": 3, "methods": {}}'])
+def test_results_that_are_damaged_are_not_overwritten(tmp_path, capsys, content):
+    (tmp_path / "compare.json").write_text(content)
+    assert main(["compare", "multi-color-mnist", "--out", str(tmp_path), "--seeds", "1"]) == 2
+    assert f"{tmp_path / 'compare.json'} " in capsys.readouterr().err
+    assert (tmp_path / "compare.json").read_text() == content
 
 
 def test_every_combination_of_settings_is_a_row():
