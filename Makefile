@@ -3,7 +3,7 @@
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 BIN := .venv/bin
-BUILD_INPUTS := setup.py pyproject.toml MANIFEST.in $(shell find csrc -type f)
+BUILD_INPUTS := setup.py pyproject.toml constraints.txt MANIFEST.in $(shell find csrc -type f)
 
 .PHONY: venv demo test docs gpu-check sanitize clean
 
@@ -45,5 +45,5 @@ $(BIN)/python:
 	$(BIN)/python -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec("torch") is None)' \
 		|| $(BIN)/pip install '$(TORCH)'
 	$(BIN)/pip install 'setuptools>=77'
-	$(BIN)/pip install --no-build-isolation -e '.[test,digits]'
+	$(BIN)/pip install --constraint constraints.txt --no-build-isolation -e '.[test,digits]'
 	touch $@

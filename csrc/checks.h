@@ -143,6 +143,29 @@ inline bool same_dense_order(std::initializer_list<const Tensor*> tensors) {
                                         [&](const Tensor* tensor) { return same_strides(first, *tensor); });
 }
 
+struct Named {
+  const char* name;
+  const Tensor& tensor;
+};
+
+// That two tensors share no memory. Tensors with gaps are let through: they may well lie in each other's.
+inline void check_apart(const Named& a, const Named& b) {
+  if (a.tensor.numel() == 0 || b.tensor.numel() == 0 || !is_dense(a.tensor) || !is_dense(b.tensor)) return;
+  const auto bytes = [](const Tensor& tensor) { return tensor.numel() * static_cast<int64_t>(tensor.element_size()); };
+  const char* first = static_cast<const char*>(a.tensor.data_ptr());
+  const char* second = static_cast<const char*>(b.tensor.data_ptr());
+  check_value(first + bytes(a.tensor) <= second || second + bytes(b.tensor) <= first, a.name, " and ", b.name,
+              " share memory; what is changed in place needs memory of its own");
+}
+
+// That nothing which an operator changes in place shares memory with anything else that it is given.
+inline void check_apart(std::initializer_list<Named> changed, std::initializer_list<Named> others) {
+  for (const Named* a = changed.begin(); a != changed.end(); ++a) {
+    for (const Named* b = a + 1; b != changed.end(); ++b) check_apart(*a, *b);
+    for (const Named& other : others) check_apart(*a, other);
+  }
+}
+
 inline Tensor made_contiguous(const Tensor& tensor) {
   return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
 }

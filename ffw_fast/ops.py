@@ -14,6 +14,7 @@ Arguments that several operators share:
 - ``kind``: number of the gate kind, ``ffw_fast.gates.GateKind``.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -68,6 +69,23 @@ def _check_pair(weight: Tensor, scores: Tensor, temperature: Tensor, draw: Tenso
         draw.shape == (3,) and draw.dtype == torch.int64,
         lambda: f"draw must be 3 int64 numbers, got {draw.dtype} of shape {tuple(draw.shape)}",
     )
+
+
+def _check_apart(changed: dict[str, Tensor], others: dict[str, Tensor]) -> None:
+    """That nothing which is changed in place shares memory with anything else; tensors with gaps are let through."""
+    spans = {name: _dense_span(tensor) for name, tensor in {**changed, **others}.items()}
+    for one, other in itertools.combinations(spans, 2):
+        (start, end), (other_start, other_end) = spans[one], spans[other]
+        if one in changed and start < other_end and other_start < end:
+            raise ValueError(f"{one} and {other} share memory; what is changed in place needs memory of its own")
+
+
+def _dense_span(tensor: Tensor) -> tuple[int, int]:
+    """Start and end of a tensor's memory; nothing for one with gaps."""
+    extent = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    if tensor.numel() == 0 or extent != tensor.numel():
+        return 0, 0
+    return tensor.data_ptr(), tensor.data_ptr() + extent * tensor.element_size()
 
 
 # gate_weight: v = w * g, shape, dtype and strides of w ---------------------------------------------------------------
@@ -146,6 +164,10 @@ def gated_adam_step_default_(
     measure: bool,
 ) -> None:
     _check_pair(weight, scores, temperature, draw)
+    _check_apart(
+        {"gated": gated, "scores": scores, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq, "movement": movement},
+        {"weight": weight, "grad": grad},
+    )
     gradient = gate_weight_backward_default(grad, weight, scores, temperature, draw, kind)
     gradient = gradient.add(scores, alpha=weight_decay)  # L2, not decoupled
     exp_avg.lerp_(gradient, 1 - beta1)
@@ -460,6 +482,11 @@ def fit_linear_head_default_(
     threshold: float,
     patience: int,
 ) -> Tensor:
+    _check_apart(
+        {"weight": weight, "bias": bias, "weight_momentum": weight_momentum, "bias_momentum": bias_momentum,
+         "plateau": plateau},
+        {"features": features, "labels": labels, "order": order},
+    )  # fmt: skip
     rule = Plateau(threshold, patience, best=plateau[0].item(), failures=int(plateau[1].item()))
     losses = torch.full((len(order),), math.nan, dtype=torch.float64, device=features.device)
     for epoch, permutation in enumerate(order):

@@ -3,6 +3,8 @@
 Sizes 0, 1 and odd, strides, gaps, dtypes, extreme scores and temperatures, and 2 GB of data are in ``test_ops``.
 """
 
+import math
+
 import pytest
 import torch
 
@@ -45,14 +47,65 @@ def test_an_output_that_is_one_number_seen_many_times_is_refused():
             ops.gated_adam_step_(*expanded, *rest, 0, False)
 
 
-def test_outputs_that_are_each_other_stay_in_their_memory():
-    """What comes out is not defined; the memory behind it stays as it was."""
-    memory = torch.full((64,), 7.0)
-    shared = memory[8:40]
+ADAM = ("gated", "scores", "exp_avg", "exp_avg_sq", "movement", "weight", "grad")
+
+
+@pytest.mark.parametrize("kernel", [ops.gated_adam_step_, ops.gated_adam_step_default_], ids=["compiled", "default"])
+@pytest.mark.parametrize(("one", "other"), [(0, 1), (1, 2), (2, 3), (0, 5), (3, 6)])
+@pytest.mark.parametrize("shift", [0, 1, 31])
+def test_outputs_that_share_memory_are_refused_by_name(kernel, one, other, shift):
+    """With each other, or with an input; by one number as well as by all. Nothing is changed."""
     changed, rest = adam_inputs(32)
-    ops.gated_adam_step_(changed[0], shared, shared, memory[16:48], changed[4], *rest, 0, False)
+    arguments = [*changed, *rest]
+    memory = torch.full((64,), 7.0)
+    arguments[one], arguments[other] = memory[:32], memory[shift : shift + 32]
+    with pytest.raises(ValueError, match=f"{ADAM[one]} and {ADAM[other]} share memory"):
+        kernel(*arguments, 0, False)
+    assert (memory == 7).all()
+    arguments[other] = memory[32:]
+    kernel(*arguments, 0, False)
+
+
+def test_a_movement_within_the_scores_is_refused():
+    changed, rest = adam_inputs(4, torch.float64)
+    with pytest.raises(ValueError, match="scores and movement share memory"):
+        ops.gated_adam_step_(*changed[:4], changed[1][2:3], *rest, 0, True)
+
+
+def test_outputs_in_each_others_gaps_are_as_good_as_any():
+    changed, rest = adam_inputs(32)
+    expected = [tensor.clone() for tensor in changed]
+    ops.gated_adam_step_(*expected, *rest, 0, False)
+    memory = torch.stack([changed[1], changed[2]], dim=1)
+    ops.gated_adam_step_(changed[0], memory[:, 0], memory[:, 1], *changed[3:], *rest, 0, False)
+    assert torch.equal(memory[:, 0], expected[1])
+    assert torch.equal(memory[:, 1], expected[2])
+
+
+def test_outputs_with_gaps_that_share_memory_stay_in_it():
+    """What comes out is not defined; the memory behind it stays as it was."""
+    memory = torch.full((128,), 7.0)
+    changed, rest = adam_inputs(32)
+    ops.gated_adam_step_(changed[0], memory[8:72:2], memory[8:72:2], memory[16:80:2], changed[4], *rest, 0, False)
     assert (memory[:8] == 7).all()
-    assert (memory[48:] == 7).all()
+    assert (memory[1::2] == 7).all()
+    assert (memory[80:] == 7).all()
+
+
+@pytest.mark.parametrize("kernel", [ops.fit_linear_head_, ops.fit_linear_head_default_], ids=["compiled", "default"])
+@pytest.mark.parametrize(("one", "other"), [(0, 2), (1, 3), (0, 5), (1, 4)])
+def test_heads_that_share_memory_are_refused_by_name(kernel, one, other):
+    names = ("weight", "bias", "weight_momentum", "bias_momentum", "plateau", "features")
+    memory = torch.zeros(400, dtype=torch.float64)
+    shapes = ((1, 2, 3), (1, 2), (1, 2, 3), (1, 2), (3,), (5, 3))
+    tensors = [memory[50 * i :][: math.prod(shape)].view(shape) for i, shape in enumerate(shapes)]
+    labels, order = torch.zeros(5, 1, dtype=torch.int64), torch.arange(5)[None]
+    settings = (5, 0.1, 0.9, 0.0, 1e-3, 5)
+    kernel(*tensors, labels, order, *settings)
+    start = memory[50 * one + math.prod(shapes[one]) - 1 :]  # its last number
+    tensors[other] = start[: math.prod(shapes[other])].view(shapes[other])
+    with pytest.raises(ValueError, match=f"{names[one]} and {names[other]} share memory"):
+        kernel(*tensors, labels, order, *settings)
 
 
 @pytest.mark.parametrize("offset", [1, 2, 3, 5])

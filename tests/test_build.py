@@ -9,7 +9,9 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import venv
 import zipfile
+from importlib import util
 from pathlib import Path
 
 import pytest
@@ -118,6 +120,40 @@ def test_wheel_from_sdist_runs(source, tmp_path):
     cpu, kernels = check_installed(tmp_path / "target")
     assert cpu["used"] == "cpp"
     assert kernels == tmp_path / "target" / "ffw_fast" / "kernels" / "__init__.py"
+
+
+SMOKE = """
+import torch, ffw_fast
+from torch import nn
+model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+sets = [(torch.randn(40, 4), torch.randint(2, (40,)), torch.randint(2, (40,))) for _ in range(2)]
+found = ffw_fast.extract(model, *sets, bottleneck="1", num_bias_classes=2, max_epochs=1, run_dir="run", progress=False)
+found.save("run")
+again = ffw_fast.Extraction.load("run", model)
+assert all(torch.equal(again.scores[name], scores) for name, scores in found.scores.items())
+print(ffw_fast.__file__)
+"""
+
+
+@pytest.mark.slow
+def test_wheel_runs_in_an_empty_environment(source, tmp_path):
+    """An environment of its own, with what the package depends on lent to it and nothing else of this one."""
+    wheel, _ = build_wheel(source, tmp_path, FFW_FAST_BUILD="cpu")
+    environment = tmp_path / "environment"
+    venv.create(environment, symlinks=os.name == "posix")
+    python = environment / ("Scripts" if os.name == "nt" else "bin") / "python"
+    options = ("--python", python, "install", "--no-deps", "--no-index", wheel)
+    code, output, _ = run(sys.executable, "-m", "pip", *options, cwd=tmp_path)
+    assert code == 0, output
+    _, _, site = run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", cwd=tmp_path)
+    lent = {str(Path(util.find_spec(name).origin).parents[1]) for name in ("torch", "numpy", "safetensors", "rich")}
+    (Path(site.strip()) / "lent.pth").write_text("\n".join(sorted(lent)))
+    code, output, printed = run(python, "-W", "ignore", "-c", SMOKE, cwd=tmp_path)
+    assert code == 0, output
+    assert environment in Path(printed.strip()).parents
+    code, output, printed = run(python.with_name("ffw-fast"), "info", cwd=tmp_path)
+    assert code == 0, output
+    assert f"library: {environment}" in printed
 
 
 def test_without_a_compiler_the_package_still_installs(source, tmp_path):

@@ -68,6 +68,9 @@ void gated_adam_step_(Tensor gated, Tensor scores, Tensor exp_avg, Tensor exp_av
   check_value(movement.numel() == 1 && movement.scalar_type() == ScalarType::Double,
               "movement must be one float64, got ", dtype_text(movement.scalar_type()), " of shape ",
               shape_text(movement));
+  check_apart({{"gated", gated}, {"scores", scores}, {"exp_avg", exp_avg}, {"exp_avg_sq", exp_avg_sq},
+               {"movement", movement}},
+              {{"weight", weight}, {"grad", grad}});
   const Step settings = {checked_kind(kind),          checked_temperature(temperature),
                          checked_temperature(next_temperature), checked_draw(draw),
                          checked_draw(next_draw),     measure};

@@ -242,6 +242,9 @@ Tensor fit_linear_head_(Tensor weight, Tensor bias, Tensor weight_momentum, Tens
                         double weight_decay, double threshold, int64_t patience) {
   check_on_cpu({&weight, &bias, &weight_momentum, &bias_momentum, &plateau, &features, &labels, &order});
   check_head(weight, bias, weight_momentum, bias_momentum, plateau, features, labels, order, batch_size);
+  check_apart({{"weight", weight}, {"bias", bias}, {"weight_momentum", weight_momentum},
+               {"bias_momentum", bias_momentum}, {"plateau", plateau}},
+              {{"features", features}, {"labels", labels}, {"order", order}});
   const Tensor dense_features = made_contiguous(features), dense_labels = made_contiguous(labels);
   const Tensor dense_order = made_contiguous(order);
   check_range("labels", dense_labels, weight.size(1));
