@@ -45,5 +45,6 @@ $(BIN)/python:
 	$(BIN)/python -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec("torch") is None)' \
 		|| $(BIN)/pip install '$(TORCH)'
 	$(BIN)/pip install 'setuptools>=77'
-	$(BIN)/pip install --constraint constraints.txt --no-build-isolation -e '.[test,digits]'
+	$(BIN)/pip install --constraint constraints.txt --no-build-isolation -e '.[test,digits]' \
+		|| $(BIN)/pip install --no-build-isolation -e '.[test,digits]'  # an index or a Python without those versions
 	touch $@

@@ -38,12 +38,11 @@ def test_all_that_the_tests_install_is_pinned(pinned):
 
 
 def test_what_those_need_is_pinned_too(pinned):
-    """As far as it is installed here."""
-    for name in pinned:
-        try:
-            needed = metadata.distribution(name).requires or []
-        except metadata.PackageNotFoundError:
+    """As far as it is installed here in that version."""
+    installed = {canonicalize_name(found.metadata["Name"]): found for found in metadata.distributions()}
+    for name, version in pinned.items():
+        if name not in installed or installed[name].version != version:
             continue
-        for requirement in map(Requirement, needed):
+        for requirement in map(Requirement, installed[name].requires or []):
             if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
                 assert canonicalize_name(requirement.name) in pinned.keys() | AS_FOUND, f"{requirement} of {name}"
