@@ -11,11 +11,11 @@ from typing import Self
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 
+from ffw_fast import ops
 from ffw_fast.data.samples import Samples
 from ffw_fast.gated_network import EVALUATION_BATCH
-from ffw_fast.objective import batch_information
+from ffw_fast.objective import Objective
 from ffw_fast.settings import Settings
 from ffw_fast.vanilla import Recipe, train_vanilla
 
@@ -92,24 +92,10 @@ class BiasedObjective:
         biases = torch.arange(b.shape[1], device=b.device)
         return self.importance[biases, y.unsqueeze(1), b].prod(1)
 
-    def conflicting(self, y: Tensor, b: Tensor) -> Tensor:
-        """Boolean (n, biases): where a bias does not go with the target."""
-        return b != self.aligned[y].unsqueeze(1)
-
-    def cross_entropy(self, logits: Tensor, y: Tensor, b: Tensor) -> Tensor:
-        """Mean of ``r CE``."""
-        return (self.weights(y, b) * cross_entropy(logits, y, reduction="none")).mean()
-
-    def __call__(self, logits: Tensor, y: Tensor, head_logits: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """``(J, r CE, MI)`` of one minibatch: logits (n, C), y (n,), head logits (n, heads, K), b (n, heads)."""
-        weighted = self.cross_entropy(logits, y, b)
-        information = logits.new_zeros(())
-        for head, rows in enumerate(self.conflicting(y, b).T):
-            chosen = rows.nonzero().squeeze(1)
-            if len(chosen):
-                part = slice(head, head + 1)
-                information = information + batch_information(head_logits[chosen, part], b[chosen, part])[0]
-        return self.alpha * weighted + self.gamma * information, weighted, information
+    def __call__(self, logits: Tensor, y: Tensor, head_logits: Tensor, b: Tensor) -> Objective:
+        """J of one minibatch: logits (n, C), y (n,), head logits (n, heads, K), b (n, heads)."""
+        tensors = (logits.detach(), y, head_logits.detach(), b)
+        return Objective(*ops.objective(*tensors, self.importance, self.aligned, self.alpha, self.gamma, 1.0))
 
 
 def selection(selects: bool) -> str:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ffw_fast import ops
 from ffw_fast.data.samples import Inputs, Samples, part_of
-from ffw_fast.objective import objective
+from ffw_fast.objective import Objective, objective
 from ffw_fast.run_state import Resumable, RunState
 
 Result = TypeVar("Result")
@@ -54,8 +54,8 @@ class Alone:
 
     def objective(
         self, logits: Tensor, labels: Tensor, head_logits: Tensor, bias_labels: Tensor, alpha: float, gamma: float
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """``(J, CE, MI)`` of the whole minibatch, from this process's logits and all labels.
+    ) -> Objective:
+        """J of the whole minibatch, from this process's logits and all labels.
 
         The gradient of J is this process's part, which the other's add up to the whole one.
         """
@@ -133,15 +133,18 @@ class Group(Alone):
 
     def objective(
         self, logits: Tensor, labels: Tensor, head_logits: Tensor, bias_labels: Tensor, alpha: float, gamma: float
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> Objective:
         rows = self._share(len(labels))
+        logits, head_logits = logits.detach().requires_grad_(), head_logits.detach().requires_grad_()
         own = torch.nn.functional.cross_entropy(logits, labels[rows], reduction="sum")
         weight = float(self._size(len(labels), self.rank) > 0)  # 0: it computes a sample that is another's
         information, cross_entropy = _WholeMinibatch.apply(
             head_logits, bias_labels[rows], own, weight, len(labels), self._all_reduce
         )
         information = information.mean()
-        return alpha * cross_entropy + gamma * information, cross_entropy, information
+        total = alpha * cross_entropy + gamma * information
+        losses = torch.stack([total, cross_entropy, information]).detach()
+        return Objective(losses, *torch.autograd.grad(total, (logits, head_logits)))
 
     def sum_(self, gradient: Tensor) -> None:
         self._all_reduce(gradient)

@@ -23,6 +23,7 @@ from ffw_fast.gates import half_open
 from ffw_fast.heads import PrivateHeads
 from ffw_fast.inputs import prepare
 from ffw_fast.measure import Measurement, accuracy, measure, minibatch_information
+from ffw_fast.objective import Objective
 from ffw_fast.optim import LR, GatedAdam, GatedOptimizer, GatedSGD
 from ffw_fast.progress import Progress, make_progress
 from ffw_fast.run_state import RunState
@@ -314,25 +315,25 @@ class Loop:
 
     def _counted_step(self, x: Tensor, y: Tensor, b: Tensor) -> None:
         """One minibatch; adds its losses to the totals. Nothing is read back."""
-        self.totals += self._step(x, y, b) * len(y)
+        self.totals.add_(self._step(x, y, b), alpha=len(y))
 
     def _step(self, x: Tensor, y: Tensor, b: Tensor) -> Tensor:
         """One minibatch, of which this process has the inputs x; (J, CE, MI) before the step."""
         self.optimizer.zero_grad()
         with self.autocast:
             features, logits = self.network(x)
-        features = features.float()
-        losses = self._losses(logits.float(), y, self.heads.logits(features), b)
-        losses[0].backward()
+        features, logits = features.float(), logits.float()
+        found = self._objective(logits, y, self.heads.logits(features.detach()), b)
+        found.backward(logits, features, self.heads)
         self.group.sum_(self.gates.grad)
         self.heads.step(self.group.rows(features.detach(), len(b)), b)
         self.optimizer.step()
         if self.schedule.anneals:
             self.group.copy_(self.gates.movement)
-        return torch.stack([loss.detach() for loss in losses])
+        return found.losses
 
-    def _losses(self, logits: Tensor, y: Tensor, head_logits: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(J, CE, MI) of one minibatch."""
+    def _objective(self, logits: Tensor, y: Tensor, head_logits: Tensor, b: Tensor) -> Objective:
+        """J of one minibatch."""
         return self.group.objective(logits, y, head_logits, b, self.settings.alpha, self.settings.gamma)
 
     def _refit(self, heads: PrivateHeads) -> int:
@@ -499,7 +500,7 @@ class BiseLoop(Loop):
     def _make_optimizer(self) -> GatedOptimizer:
         return GatedSGD(self.gates, bise.SCORES_LR, bise.MOMENTUM, bise.WEIGHT_DECAY)
 
-    def _losses(self, logits: Tensor, y: Tensor, head_logits: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _objective(self, logits: Tensor, y: Tensor, head_logits: Tensor, b: Tensor) -> Objective:
         return self.objective(logits, y, head_logits, b)
 
     def _epoch(self) -> None:

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 
 from ffw_fast.bise import BiasedObjective
 from ffw_fast.data.samples import Inputs, Samples
@@ -82,15 +81,12 @@ def finetune(
         for x, y, b in train.batches(rows, settings.batch_size):
             optimizer.zero_grad()
             features, logits = reader(x)
-            if gamma > 0 and biased is not None:
-                loss, _, _ = replace(biased, gamma=gamma)(logits, y, heads.logits(features), b)
-            elif biased is not None:
-                loss = settings.alpha * biased.cross_entropy(logits, y, b)
-            elif gamma > 0:
-                loss, _, _ = objective(logits, y, heads.logits(features), b, settings.alpha, gamma)
+            head_logits = heads.logits(features.detach())
+            if biased is not None:
+                found = replace(biased, gamma=gamma)(logits, y, head_logits, b)
             else:
-                loss = settings.alpha * cross_entropy(logits, y)
-            loss.backward()
+                found = objective(logits, y, head_logits, b, settings.alpha, gamma)
+            found.backward(logits, features, heads)
             optimizer.step()
             if gamma > 0:  # after the backward pass, which reads the heads as they were
                 heads.step(features, b)

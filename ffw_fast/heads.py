@@ -70,9 +70,13 @@ class PrivateHeads:
         return fresh
 
     def logits(self, features: Tensor) -> Tensor:
-        """Logits (n, heads, K) of features (n, D). Gradients reach the features, never the heads."""
+        """Logits (n, heads, K) of features (n, D)."""
         heads, classes, width = self.weight.shape
         return torch.addmm(self.bias.view(-1), features, self.weight.view(-1, width).T).view(-1, heads, classes)
+
+    def by_features(self, by_logits: Tensor) -> Tensor:
+        """The gradient by the features (n, D) of what has the gradient (n, heads, K) by the logits."""
+        return by_logits.flatten(1) @ self.weight.flatten(0, 1)
 
     def step(self, features: Tensor, labels: Tensor) -> None:
         """One step of SGD on the cross-entropy of one minibatch: detached features (n, D), labels (n, heads)."""

@@ -1,9 +1,13 @@
-"""The objective ``J = alpha CE(logits, y) + gamma mean_i MI_i`` and its mutual information term."""
+"""The objective ``J = alpha CE(logits, y) + gamma mean_i MI_i``, its gradient, and its mutual information term."""
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from ffw_fast import ops
 from ffw_fast.autograd import MutualInformation
+from ffw_fast.heads import PrivateHeads
 
 
 def mutual_information(logits: Tensor, labels: Tensor, num_classes: int) -> Tensor:
@@ -37,19 +41,33 @@ def mutual_information(logits: Tensor, labels: Tensor, num_classes: int) -> Tens
         low, high = (bound.item() for bound in labels.aminmax())
         if low < 0 or high >= num_classes:
             raise ValueError(f"labels must be in [0, {num_classes}), got {low} to {high}")
-    return batch_information(logits.unsqueeze(1), labels.unsqueeze(1))[0]
+    information, _joint = MutualInformation.apply(logits.unsqueeze(1), labels.unsqueeze(1))
+    return information[0]
 
 
-def batch_information(logits: Tensor, labels: Tensor) -> Tensor:
-    """MI of each head, (heads,), of logits (n, heads, K) and labels (n, heads)."""
-    information, _joint = MutualInformation.apply(logits, labels)
-    return information
+class Objective(NamedTuple):
+    """The losses of one minibatch, and the gradient of J.
+
+    Attributes:
+        losses: (3,), ``(J, CE, MI)``, without a graph behind them.
+        by_logits: (n, C), dJ/dlogits.
+        by_head_logits: (n, heads, K), dJ/dhead logits.
+    """
+
+    losses: Tensor
+    by_logits: Tensor
+    by_head_logits: Tensor
+
+    def backward(self, logits: Tensor, features: Tensor, heads: PrivateHeads) -> None:
+        """Add dJ/dw to the gradient of everything behind the logits and the features that the heads read."""
+        roots = ((logits, self.by_logits), (features, heads.by_features(self.by_head_logits)))
+        tensors, gradients = zip(*((root, grad) for root, grad in roots if root.requires_grad), strict=True)
+        torch.autograd.backward(tensors, gradients)
 
 
 def objective(
     logits: Tensor, labels: Tensor, head_logits: Tensor, bias_labels: Tensor, alpha: float, gamma: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """``(J, CE, MI)`` of one minibatch: task logits (n, C), labels (n,), head logits (n, heads, K), b (n, heads)."""
-    cross_entropy = torch.nn.functional.cross_entropy(logits, labels)
-    information = batch_information(head_logits, bias_labels).mean()
-    return alpha * cross_entropy + gamma * information, cross_entropy, information
+) -> Objective:
+    """J of one minibatch: task logits (n, C), labels (n,), head logits (n, heads, K), b (n, heads)."""
+    tensors = (logits.detach(), labels, head_logits.detach(), bias_labels)
+    return Objective(*ops.objective(*tensors, None, None, alpha, gamma, 1 / bias_labels.shape[1]))

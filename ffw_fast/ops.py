@@ -384,11 +384,21 @@ masked_conv2d_score_grad = torch.ops.ffw_fast.masked_conv2d_score_grad.default
 JOINT_FLOOR = 1e-15
 
 
-def joint_distribution(logits: Tensor, labels: Tensor) -> Tensor:
-    """Joint (heads, K, K) of labels (rows) and predictions: of logits (n, heads, K) and labels (n, heads)."""
+def joint_distribution(logits: Tensor, labels: Tensor, counted: Tensor | None = None) -> Tensor:
+    """Joint (heads, K, K) of labels (rows) and predictions: of logits (n, heads, K) and labels (n, heads).
+
+    ``counted``, boolean (n, heads), says which samples count for which head. Default: all.
+    """
     probabilities = torch.softmax(_working(logits), dim=-1)
     one_hot = torch.nn.functional.one_hot(labels, logits.shape[-1]).to(probabilities.dtype)
-    return torch.einsum("nhb,nhp->hbp", one_hot, probabilities).clamp_min(JOINT_FLOOR) / len(logits)
+    if counted is not None:
+        one_hot = one_hot * counted.unsqueeze(-1)
+    return torch.einsum("nhb,nhp->hbp", one_hot, probabilities).clamp_min(JOINT_FLOOR) / _samples(logits, counted)
+
+
+def _samples(logits: Tensor, counted: Tensor | None) -> Tensor | int:
+    """How many samples each head's joint is of, (heads, 1, 1), at least 1; or the same number for all."""
+    return len(logits) if counted is None else counted.sum(0).clamp_min(1).view(-1, 1, 1)
 
 
 def joint_information(joint: Tensor) -> Tensor:
@@ -412,9 +422,11 @@ def _check_logits(logits: Tensor, labels: Tensor) -> None:
     )
 
 
-def mutual_information_default(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+def mutual_information_default(
+    logits: Tensor, labels: Tensor, counted: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     _check_logits(logits, labels)
-    joint = joint_distribution(logits, labels)
+    joint = joint_distribution(logits, labels, counted)
     return joint_information(joint), joint
 
 
@@ -425,23 +437,28 @@ def mutual_information_fake(logits: Tensor, labels: Tensor) -> tuple[Tensor, Ten
     return logits.new_empty(heads, dtype=dtype), logits.new_empty(heads, classes, classes, dtype=dtype)
 
 
-def mutual_information_backward_default(grad: Tensor, logits: Tensor, labels: Tensor, joint: Tensor) -> Tensor:
+def mutual_information_backward_default(
+    grad: Tensor, logits: Tensor, labels: Tensor, joint: Tensor, counted: Tensor | None = None
+) -> Tensor:
     _check_logits(logits, labels)
-    slope = _joint_slope(joint, len(logits)) * (grad / len(logits)).view(-1, 1, 1)
+    samples = _samples(logits, counted)
+    slope = _joint_slope(joint, samples) * (grad.view(-1, 1, 1) / samples)
     probabilities = torch.softmax(_working(logits), dim=-1)
     picked = torch.take_along_dim(slope, labels.T.unsqueeze(-1), dim=1).transpose(0, 1)  # [n, heads, K]
+    if counted is not None:
+        picked = picked * counted.unsqueeze(-1)
     inner = (picked * probabilities).sum(-1, keepdim=True)
     return torch.empty_like(logits).copy_(probabilities * (picked - inner))
 
 
-def _joint_slope(joint: Tensor, count: int) -> Tensor:
+def _joint_slope(joint: Tensor, samples: Tensor | int) -> Tensor:
     """Derivative of the MI by each entry of the joint, zero where either clamp holds."""
     rows, columns = joint.sum(2, keepdim=True), joint.sum(1, keepdim=True)
     independent = rows * columns
     free = independent >= JOINT_FLOOR
     slope = torch.log(joint / independent.clamp_min(JOINT_FLOOR)) + 1
     slope = slope - (joint * free / rows).sum(2, keepdim=True) - (joint * free / columns).sum(1, keepdim=True)
-    return torch.where(joint * count > JOINT_FLOOR, slope / math.log(joint.shape[-1]), 0)
+    return torch.where(joint * samples > JOINT_FLOOR, slope / math.log(joint.shape[-1]), 0)
 
 
 def mutual_information_backward_fake(grad: Tensor, logits: Tensor, labels: Tensor, joint: Tensor) -> Tensor:
@@ -461,6 +478,58 @@ _define(
 )
 mutual_information = torch.ops.ffw_fast.mutual_information.default
 mutual_information_backward = torch.ops.ffw_fast.mutual_information_backward.default
+
+
+# objective: J = alpha mean(r CE) + gamma MI of one minibatch, and its gradient by both kinds of logits ----------------
+# Logits (n, C), labels (n,), head logits (n, heads, K), bias labels (n, heads). ``importance`` (heads, C, K) gives a
+# sample's weight r, a product over its biases; None: 1. ``aligned``, int64 (C,), is the bias label that goes with each
+# target: only samples with another one count for a head's MI, which is 0 where there are none; None: all count.
+# MI is ``share`` times the sum over the heads. Losses are (J, mean(r CE), MI).
+
+
+def objective_default(
+    logits: Tensor, labels: Tensor, head_logits: Tensor, bias_labels: Tensor, importance: Tensor | None,
+    aligned: Tensor | None, alpha: float, gamma: float, share: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    _check_logits(head_logits, bias_labels)
+    log_probabilities = torch.log_softmax(_working(logits), dim=1)
+    target = labels.unsqueeze(1)
+    weights = log_probabilities.new_ones(len(logits), 1)
+    if importance is not None:
+        heads = torch.arange(bias_labels.shape[1], device=labels.device)
+        weights = importance[heads, target, bias_labels].to(weights.dtype).prod(1, keepdim=True)
+    cross_entropy = -(weights * log_probabilities.gather(1, target)).mean()
+    error = log_probabilities.exp()
+    error = error.scatter_add(1, target, error.new_full((), -1.0).expand_as(target))
+    grad = cross_entropy.new_full(bias_labels.shape[1:], gamma * share)
+    if aligned is None:
+        information, joint = mutual_information(head_logits, bias_labels)
+        by_head_logits = mutual_information_backward(grad, head_logits, bias_labels, joint)
+    else:
+        counted = bias_labels != aligned[labels].unsqueeze(1)
+        information, joint = mutual_information_default(head_logits, bias_labels, counted)
+        by_head_logits = mutual_information_backward_default(grad, head_logits, bias_labels, joint, counted)
+    shared = share * information.sum()
+    losses = torch.stack([alpha * cross_entropy + gamma * shared, cross_entropy, shared])
+    by_logits = (error * (weights * (alpha / len(logits)))).to(logits.dtype)
+    return losses, by_logits.contiguous(), by_head_logits.contiguous()
+
+
+def objective_fake(
+    logits, labels, head_logits, bias_labels, importance, aligned, alpha, gamma, share
+) -> tuple[Tensor, Tensor, Tensor]:
+    _check_logits(head_logits, bias_labels)
+    losses = logits.new_empty(3, dtype=torch.float32 if logits.dtype in _HALF else logits.dtype)
+    return losses, logits.new_empty(logits.shape), head_logits.new_empty(head_logits.shape)
+
+
+_define(
+    "objective(Tensor logits, Tensor labels, Tensor head_logits, Tensor bias_labels, Tensor? importance,"
+    " Tensor? aligned, float alpha, float gamma, float share) -> (Tensor, Tensor, Tensor)",
+    objective_default,
+    objective_fake,
+)
+objective = torch.ops.ffw_fast.objective.default
 
 
 # fit_linear_head_: epochs of softmax regression on cached features, all heads at once, until the plateau -------------

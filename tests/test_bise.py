@@ -169,9 +169,9 @@ def test_fine_tuning_reweights_and_keeps_the_pruned_channels(few_head_epochs, wi
         assert not torch.equal(tuned.classifier.weight, found.model().classifier.weight)
         model = found.model()
         objective = BiasedObjective.of(train[1], train[2], CLASSES, CLASSES, alpha=1.0, gamma=0.0)
-        before, after = (
-            objective.cross_entropy(each(train[0]), train[1], train[2]).item() for each in (model, tuned)
-        )
+        x, y, b = train
+        unread = torch.zeros(len(y), 1, CLASSES)  # head logits, whose gamma is 0
+        before, after = (objective(each(x), y, unread, b).losses[1].item() for each in (model, tuned))
         assert after < before
 
 
@@ -221,26 +221,31 @@ def test_the_information_is_that_of_conflicting_samples():
     from ffw_fast import mutual_information
 
     _x, y, b = biased(80, 2)
-    logits, head_logits = torch.randn(80, CLASSES), torch.randn(80, 2, CLASSES, requires_grad=True)
+    logits, head_logits = (torch.randn(80, *shape, requires_grad=True) for shape in ((CLASSES,), (2, CLASSES)))
     objective = BiasedObjective.of(y, b, CLASSES, CLASSES, alpha=0.5, gamma=2.0, correlations=[0.7, 0.6])
-    total, weighted, information = objective(logits, y, head_logits, b)
+    (total, weighted, information), by_logits, by_head_logits = objective(logits, y, head_logits, b)
     expected = sum(
         mutual_information(head_logits[rows, bias], b[rows, bias], CLASSES)
         for bias, rows in enumerate((b != y.unsqueeze(1)).T)
     )
-    torch.testing.assert_close(information, expected)
+    torch.testing.assert_close(information, expected.detach())
     torch.testing.assert_close(total, 0.5 * weighted + 2.0 * information)
-    total.backward()
+    plain = (objective.weights(y, b) * torch.nn.functional.cross_entropy(logits, y, reduction="none")).mean()
+    torch.testing.assert_close(weighted, plain.detach())
+    exact = torch.autograd.grad(0.5 * plain + 2.0 * expected, (logits, head_logits))
+    torch.testing.assert_close((by_logits, by_head_logits), exact, rtol=1e-4, atol=1e-6)
     aligned = b == y.unsqueeze(1)
-    assert not head_logits.grad[aligned].any() and head_logits.grad[~aligned].any()
+    assert not by_head_logits[aligned].any() and by_head_logits[~aligned].any()
     only = aligned.all(1)
-    assert objective(logits[only], y[only], head_logits[only], b[only])[2] == 0
+    nothing = objective(logits[only], y[only], head_logits[only], b[only])
+    assert nothing.losses[2] == 0 and not nothing.by_head_logits.any()
 
 
 def test_a_bias_with_more_classes_than_the_target():
     y, b = torch.tensor([0, 0, 1, 1, 0, 1]), torch.tensor([3, 0, 1, 2, 3, 1]).unsqueeze(1)
     objective = BiasedObjective.of(y, b, 2, 4, alpha=1.0, gamma=1.0, aligned=[3, 1])
-    assert objective.conflicting(y, b).flatten().tolist() == [False, True, False, True, False, False]
+    by_head_logits = objective(torch.randn(6, 2), y, torch.randn(6, 1, 4), b).by_head_logits
+    assert by_head_logits.flatten(1).any(1).tolist() == [False, True, False, True, False, False]
 
 
 # the optimizer -------------------------------------------------------------------------------------------------------

@@ -32,6 +32,7 @@ OPERATORS = (
     "gated_adam_step_",
     "mutual_information",
     "mutual_information_backward",
+    "objective",
     "fit_linear_head_",
 )
 
@@ -390,6 +391,90 @@ def test_mutual_information_refuses_bad_arguments(kernels, compiled):
         ops.mutual_information_backward(torch.ones(2), logits, labels, torch.ones(2, 3, 2))
 
 
+# objective -----------------------------------------------------------------------------------------------------------
+
+
+def objective_inputs(n, targets, heads, classes, dtype=torch.float32, tables=False, spread=3.0):
+    """Logits and labels of a minibatch and, if asked for, tables of importance and of aligned labels."""
+    source = torch.Generator().manual_seed(n + targets + classes)
+    head_logits, bias_labels = mi_inputs(n, heads, classes, dtype)
+    logits = (spread * torch.randn(n, targets, generator=source, dtype=torch.float64)).to(dtype)
+    inputs = [logits, torch.randint(targets, (n,), generator=source), head_logits, bias_labels]
+    if not tables:
+        return [*inputs, None, None]
+    importance = 3 * torch.rand(heads, targets, classes, generator=source)
+    return [*inputs, importance, torch.randint(classes, (targets,), generator=source)]
+
+
+def as_doubles(inputs):
+    return [value.double() if value is not None and value.is_floating_point() else value for value in inputs]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, *HALF])
+@pytest.mark.parametrize("tables", [False, True])
+@pytest.mark.parametrize("sizes", [(1, 2, 1, 2), (7, 3, 1, 5), (100, 10, 2, 10), (37, 4, 3, 2), (3001, 300, 1, 17)])
+def test_objective(kernels, dtype, tables, sizes):
+    inputs, factors = objective_inputs(*sizes, dtype, tables), (0.7, 5.0, 0.5)
+    results = kernels["objective"](*inputs, *factors)
+    assert results[0].dtype == (torch.float32 if dtype in HALF else dtype)
+    assert results[1].dtype == results[2].dtype == dtype
+    rough = 1e-10 if dtype == torch.float64 else 1e-2 if dtype in HALF else 1e-4
+    for result, exact in zip(results, ops.objective_default(*as_doubles(inputs), *factors), strict=True):
+        atol = rough * (exact.abs().max().item() + 1e-2)
+        torch.testing.assert_close(result.double(), exact, rtol=rough, atol=atol)
+
+
+@pytest.mark.parametrize("tables", [False, True])
+def test_gradient_of_the_objective_is_its_derivative(kernels, tables):
+    logits, labels, head_logits, bias_labels, importance, aligned = objective_inputs(
+        30, 4, 2, 3, torch.float64, tables
+    )
+    leaves = logits.requires_grad_(), head_logits.requires_grad_()
+    counted = torch.ones_like(bias_labels, dtype=torch.bool)
+    weights = torch.ones(30)
+    if tables:
+        counted = bias_labels != aligned[labels].unsqueeze(1)
+        importance = importance.double()
+        weights = importance[0, labels, bias_labels[:, 0]] * importance[1, labels, bias_labels[:, 1]]
+    each = [
+        ops.joint_information(ops.joint_distribution(head_logits[rows, head, None], bias_labels[rows, head, None]))
+        for head, rows in enumerate(counted.T)
+    ]
+    cross_entropy = (weights * torch.nn.functional.cross_entropy(logits, labels, reduction="none")).mean()
+    plain = 0.7 * cross_entropy + 5.0 * 0.5 * sum(each)
+    detached = (logits.detach(), labels, head_logits.detach(), bias_labels, importance, aligned)
+    losses, *gradients = kernels["objective"](*detached, 0.7, 5.0, 0.5)
+    torch.testing.assert_close(losses[:1], plain.detach(), rtol=1e-9, atol=0)
+    torch.testing.assert_close(tuple(gradients), torch.autograd.grad(plain, leaves), rtol=1e-8, atol=1e-13)
+
+
+def test_objective_of_certain_and_of_no_samples(kernels):
+    inputs = objective_inputs(40, 3, 1, 3, spread=300.0, tables=True)
+    losses, by_logits, _ = kernels["objective"](*inputs, 1.0, 1.0, 1.0)
+    assert losses.isfinite().all() and losses[1] > 10 and by_logits.isfinite().all()
+    inputs[3] = inputs[5][inputs[1]].unsqueeze(1)  # all biases aligned
+    losses, _, by_head_logits = kernels["objective"](*inputs, 1.0, 1.0, 1.0)
+    assert losses[2] == 0 and not by_head_logits.any()
+    inputs[0][0, 0] = torch.nan
+    assert kernels["objective"](*inputs, 1.0, 1.0, 1.0)[0][1].isnan()
+
+
+def test_objective_refuses_bad_arguments(compiled):
+    good = objective_inputs(10, 4, 2, 3, tables=True)
+    for index, bad, message in [
+        (0, good[0][:5], r"expected logits \(n, C\) and labels \(n,\), got \(5, 4\), \(10,\)"),
+        (0, good[0].double(), "logits and head logits must have one floating-point dtype"),
+        (1, good[1] + 4, r"labels must be in \[0, 4\), got"),
+        (1, good[1].int(), "labels must be int64"),
+        (3, good[3][:, :1], r"expected head logits \(10, heads, K\) and bias labels \(10, heads\)"),
+        (3, good[3] - 3, r"bias labels must be in \[0, 3\), got -"),
+        (4, good[4][:1], r"importance must be \(heads, C, K\), got \(1, 4, 3\)"),
+        (5, good[5][:1], r"aligned must be \(C,\), got \(1,\)"),
+    ]:
+        with pytest.raises((ValueError, RuntimeError), match=message):
+            ops.objective(*good[:index], bad, *good[index + 1 :], 1.0, 1.0, 1.0)
+
+
 # fit_linear_head_ ----------------------------------------------------------------------------------------------------
 
 SGD = (0.1, 0.9, 1e-4)
@@ -528,6 +613,8 @@ def sample_calls():
         yield ops.gated_adam_step_, (*changed, *rest, int(kind), True)
     yield ops.mutual_information, (logits, labels)
     yield ops.mutual_information_backward, (torch.ones(2), logits, labels, joint)
+    for tables in (False, True):
+        yield ops.objective, (*objective_inputs(20, 3, 2, 4, tables=tables), 0.7, 5.0, 0.5)
     changed, fixed = head_inputs(20, 6, 3)
     yield ops.fit_linear_head_, (*changed, *fixed, 8, *SGD, *RULE)
 
@@ -576,6 +663,7 @@ def test_the_number_of_threads_changes_no_bit(compiled, restore_threads):
     inputs = gate_inputs((count,))
     logits, labels = mi_inputs(5003, 2, 10)
     _, joint = ops.mutual_information(logits, labels)
+    batch = objective_inputs(5003, 100, 2, 10, tables=True)
     large_head, several_heads = head_inputs(300, 1024, 40, epochs=2), head_inputs(300, 33, 6, heads=3, epochs=2)
     results = []
     for threads in (1, 2, 3):
@@ -586,6 +674,7 @@ def test_the_number_of_threads_changes_no_bit(compiled, restore_threads):
             outputs += adam_results(ops.gated_adam_step_, *adam_inputs(count), kind, True)
         outputs += ops.mutual_information(logits, labels)
         outputs += [ops.mutual_information_backward(torch.ones(2), logits, labels, joint)]
+        outputs += ops.objective(*batch, 0.7, 5.0, 0.5)
         outputs += fit(ops.fit_linear_head_, *large_head) + fit(ops.fit_linear_head_, *several_heads)
         results.append(outputs)
     for outputs in results[1:]:

@@ -1,15 +1,14 @@
 // mutual_information of bias labels and the private heads' predictions, and its gradient by the logits.
 #include <algorithm>
-#include <cmath>
 #include <tuple>
 #include <vector>
 
+#include "information.h"
 #include "tensors.h"
 
 namespace ffw::cpu {
 namespace {
 
-constexpr double joint_floor = 1e-15;  // ops.JOINT_FLOOR
 constexpr int64_t chunk_rows = 2048;   // samples a partial joint, and a task of the backward
 constexpr int64_t largest_chunks = 16;
 
@@ -61,34 +60,6 @@ void add_to_joint(const T* logits, const int64_t* labels, const Shape& shape, in
   }
 }
 
-// Sums of each row and column of a joint [classes, classes].
-struct Marginals {
-  std::vector<double> rows, columns;
-
-  template <typename T>
-  Marginals(const T* joint, int64_t classes) : rows(classes), columns(classes) {
-    for (int64_t b = 0; b < classes; ++b) {
-      for (int64_t p = 0; p < classes; ++p) {
-        rows[b] += joint[b * classes + p];
-        columns[p] += joint[b * classes + p];
-      }
-    }
-  }
-};
-
-template <typename T>
-T information_of_joint(const T* joint, int64_t classes) {
-  const Marginals sums(joint, classes);
-  double total = 0;
-  for (int64_t b = 0; b < classes; ++b) {
-    for (int64_t p = 0; p < classes; ++p) {
-      const double q = joint[b * classes + p];
-      total += q * std::log(q / std::max(sums.rows[b] * sums.columns[p], joint_floor));
-    }
-  }
-  return static_cast<T>(total / std::log(static_cast<double>(classes)));
-}
-
 template <typename T>
 void forward(const Tensor& logits, const Tensor& labels, const Shape& shape, const Tensor& information,
              const Tensor& joint) {
@@ -121,30 +92,6 @@ void forward(const Tensor& logits, const Tensor& labels, const Shape& shape, con
   }
 }
 
-// Derivative of `scale` x MI by each entry of one head's joint, zero where either clamp holds.
-template <typename T>
-void joint_slope(const T* joint, const Shape& shape, double scale, T* out) {
-  const int64_t classes = shape.classes;
-  const Marginals sums(joint, classes);
-  std::vector<double> row_terms(classes), column_terms(classes);
-  for (int64_t b = 0; b < classes; ++b) {
-    for (int64_t p = 0; p < classes; ++p) {
-      if (sums.rows[b] * sums.columns[p] < joint_floor) continue;
-      row_terms[b] += joint[b * classes + p] / sums.rows[b];
-      column_terms[p] += joint[b * classes + p] / sums.columns[p];
-    }
-  }
-  scale /= std::log(static_cast<double>(classes));
-  for (int64_t b = 0; b < classes; ++b) {
-    for (int64_t p = 0; p < classes; ++p) {
-      const double q = joint[b * classes + p];
-      const bool free = joint[b * classes + p] * static_cast<T>(shape.n) > static_cast<T>(joint_floor);
-      const double ratio = q / std::max(sums.rows[b] * sums.columns[p], joint_floor);
-      out[b * classes + p] = free ? static_cast<T>((std::log(ratio) + 1 - row_terms[b] - column_terms[p]) * scale) : 0;
-    }
-  }
-}
-
 template <typename T>
 void backward(const Tensor& grad, const Tensor& logits, const Tensor& labels, const Tensor& joint, const Shape& shape,
               const Tensor& out) {
@@ -157,7 +104,7 @@ void backward(const Tensor& grad, const Tensor& logits, const Tensor& labels, co
   std::vector<T> slopes(shape.heads * classes * classes);
   for (int64_t head = 0; head < shape.heads; ++head) {
     const int64_t at = head * classes * classes;
-    joint_slope(joint_data + at, shape, static_cast<double>(grad_data[head]) / shape.n, slopes.data() + at);
+    joint_slope(joint_data + at, classes, shape.n, static_cast<double>(grad_data[head]) / shape.n, slopes.data() + at);
   }
   const int64_t grain = std::max<int64_t>(1, 32768 / row_size);
   torch::stable::parallel_for(0, shape.n, grain, [&](int64_t first, int64_t last) {
