@@ -11,12 +11,12 @@ results agree.
 import argparse
 import copy
 import itertools
-import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from ffw_fast.benchmarks.machine import describe
+from ffw_fast.benchmarks.machine import describe, take_turns
+from ffw_fast.benchmarks.operators import check_same
 from torch import Tensor, nn
 
 from ffw_fast import backend
@@ -34,25 +34,11 @@ from ffw_fast.models import SimpleConvNet
 
 CHANNELS = (3, 16, 32, 64, 128)
 KERNEL = 7
-TOLERANCE = 1e-4  # of the largest number, between two results in float32
 
 
 def best_times(sides: list[Callable[[], Any]], repeats: int) -> list[float]:
-    """The best time of each side, in seconds; sides take turns."""
-    best = [float("inf")] * len(sides)
-    for turn in range(repeats + 1):
-        for index, side in enumerate(sides):
-            started = time.perf_counter()
-            side()
-            if turn > 0:  # the first turn warms up
-                best[index] = min(best[index], time.perf_counter() - started)
-    return best
-
-
-def check_same(ours: Tensor, theirs: Tensor) -> None:
-    error = ((ours - theirs).abs().max() / theirs.abs().max()).item()
-    if not error < TOLERANCE:
-        raise SystemExit(f"the results differ by {error:.1e}: no speed is reported")
+    """The best time of each side, in seconds, of so many turns after one that warms up."""
+    return [min(times) for times in take_turns(sides, 0, repeats + 1)]
 
 
 def batch_innermost(x: Tensor) -> Tensor:
@@ -96,8 +82,7 @@ class Layer:
 
 def compare_layer(batch: int, size: int, inputs: int, outputs: int, repeats: int) -> None:
     layer = Layer(batch, size, inputs, outputs)
-    for ours, theirs in zip(layer.step_fft(), layer.step_direct(), strict=True):
-        check_same(ours, theirs)
+    check_same(layer.step_fft(), layer.step_direct())
     shape = (outputs, inputs, KERNEL, KERNEL)
     forward = best_times([layer.forward_direct, layer.forward_fft], repeats)
     step = best_times([layer.step_direct, layer.step_fft], repeats)
@@ -156,7 +141,7 @@ def compare_network(batch: int, size: int, repeats: int) -> None:
     models = [plain, chosen, everywhere]
     reference = step_of(plain, x, labels)
     for model in models[1:]:
-        check_same(step_of(model, x, labels), reference)
+        check_same([step_of(model, x, labels)], [reference])
     steps = best_times([lambda model=model: step_of(model, x, labels) for model in models], repeats)
     with torch.no_grad():
         large = torch.randn(5 * batch, 3, size, size)

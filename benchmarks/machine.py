@@ -3,7 +3,7 @@
 import os
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from statistics import median
 from typing import Any, Self
@@ -51,6 +51,20 @@ def times(run: Callable[[], Any], repeats: int, warmup: int = 1) -> list[float]:
         run()
         result.append(time.perf_counter() - started)
     return result
+
+
+def take_turns(sides: Sequence[Callable[[], Any]], seconds: float, fewest: int, most: int = 500) -> list[list[float]]:
+    """Times of each side, which take turns, so that a disturbance meets all, until the seconds have passed.
+
+    Args:
+        fewest, most: turns, however long or short they take.
+    """
+    taken: list[list[float]] = [[] for _ in sides]
+    ends = time.perf_counter() + seconds
+    while len(taken[0]) < fewest or (time.perf_counter() < ends and len(taken[0]) < most):
+        for side, own in zip(sides, taken, strict=True):
+            own += times(side, 1, warmup=0)
+    return taken
 
 
 def measure_rates(repeats: int = 7, bf16: bool = True) -> Rates:

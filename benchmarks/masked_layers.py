@@ -7,15 +7,13 @@ turns, so that a disturbance meets both; the ratio of their medians stands besid
 
 import argparse
 import json
-import time
-from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
 from ffw_fast.benchmarks.jobs import JOBS, TINY_JOBS, Layer, chosen_jobs, layers_of
-from ffw_fast.benchmarks.machine import describe
+from ffw_fast.benchmarks.machine import describe, take_turns
 from ffw_fast.benchmarks.operators import check_same, forward_or_both, layer_tensors
 from rich.table import Table
 
@@ -23,19 +21,7 @@ from ffw_fast.modules import MASKED_CLASSES
 from ffw_fast.summary import print_table
 
 SECONDS = 1.0  # that both sides of a layer are measured for
-FEWEST, MOST = 7, 500  # turns
-
-
-def take_turns(sides: list[Callable[[], Any]], seconds: float, fewest: int) -> list[list[float]]:
-    """Times of each side, which take turns until the seconds have passed."""
-    times: list[list[float]] = [[] for _ in sides]
-    ends = time.perf_counter() + seconds
-    while len(times[0]) < fewest or (time.perf_counter() < ends and len(times[0]) < MOST):
-        for side, taken in zip(sides, times, strict=True):
-            started = time.perf_counter()
-            side()
-            taken.append(time.perf_counter() - started)
-    return times
+FEWEST = 7  # turns
 
 
 def measure_layer(layer: Layer, batch: int, seconds: float = SECONDS, fewest: int = FEWEST) -> dict[str, Any]:

@@ -13,6 +13,7 @@ import argparse
 import json
 import time
 from dataclasses import asdict, dataclass
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,8 @@ from rich.table import Table
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from ffw_fast.extract import GATE_EPOCHS, Loop
+from ffw_fast.extract import Loop
 from ffw_fast.reference import Reference
-from ffw_fast.seeding import epoch_order
 from ffw_fast.settings import Settings
 from ffw_fast.summary import print_table
 
@@ -66,12 +66,10 @@ def measure_fast(job: Job, model: nn.Module, steps: int, precision: str) -> Part
     samples = random_samples(job, steps * job.batch_size)
     width = feature_width(job, model)
     loop = Loop(settings_of(job, precision), model, samples, samples, width, torch.device("cpu"))
-    batches = epoch_order(len(samples.y), 0, GATE_EPOCHS, 0).split(job.batch_size)
-    turn = iter(list(batches) * 100)
+    minibatches = chain.from_iterable(loop._batches() for _ in count())
 
     def gate_step() -> None:
-        rows = next(turn)
-        loop._step(samples.x[rows], samples.y[rows], samples.b[rows])
+        loop.step_graph(*next(minibatches))
 
     feature = seconds(lambda: loop.network.features(samples.x), 3) / len(samples.y)
     features = torch.randn(job.train, width)

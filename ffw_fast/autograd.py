@@ -1,6 +1,7 @@
 """Gradients of the raw operators: the straight-through gate, masked layers, and mutual information by the logits."""
 
 import inspect
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -8,13 +9,29 @@ from torch import Tensor
 from ffw_fast import ops
 
 
-def _with_known_signature(function: type[torch.autograd.Function]) -> type[torch.autograd.Function]:
-    """Keeps the signature of ``forward`` where ``apply`` looks for it: working it out costs more than a small layer."""
-    function.forward.__signature__ = inspect.signature(function.forward)  # type: ignore[attr-defined]
+class _Bound(NamedTuple):
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    def apply_defaults(self) -> None:
+        """There are none."""
+
+
+class _Positional(inspect.Signature):
+    """The signature of a function that is always given all its arguments, in order."""
+
+    def bind(self, *args: Any) -> _Bound:  # type: ignore[override]
+        return _Bound(args, {})
+
+
+def _called_in_order(function: type[torch.autograd.Function]) -> type[torch.autograd.Function]:
+    """Spares ``apply`` from matching arguments with the names of ``forward``, which costs more than a small layer."""
+    parameters = inspect.signature(function.forward).parameters.values()
+    function.forward.__signature__ = _Positional(list(parameters))  # type: ignore[attr-defined]
     return function
 
 
-@_with_known_signature
+@_called_in_order
 class GateWeight(torch.autograd.Function):
     """``v = w * g(m)`` with the straight-through gradient to the scores ``m``.
 
@@ -44,7 +61,7 @@ class GateWeight(torch.autograd.Function):
         return weight_grad, scores_grad, None, None, None
 
 
-@_with_known_signature
+@_called_in_order
 class GatedLinear(torch.autograd.Function):
     """``relu(x (w * g(m))^T + bias)``, the ReLU if asked for, by one operator; ``w`` and ``bias`` are frozen."""
 
@@ -71,7 +88,7 @@ class GatedLinear(torch.autograd.Function):
         return x_grad, None, scores_grad, None, None, None, None, None
 
 
-@_with_known_signature
+@_called_in_order
 class GatedConv2d(torch.autograd.Function):
     """``relu(conv2d(x, w * g(m), bias))``, the ReLU if asked for, by one operator; ``w`` and ``bias`` are frozen."""
 
@@ -101,7 +118,7 @@ class GatedConv2d(torch.autograd.Function):
         return x_grad, None, scores_grad, *[None] * 9
 
 
-@_with_known_signature
+@_called_in_order
 class MutualInformation(torch.autograd.Function):
     """MI of labels (n, heads) and the predictions behind logits (n, heads, K): one number a head."""
 

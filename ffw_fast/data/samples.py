@@ -33,7 +33,7 @@ class Samples(NamedTuple):
         """Minibatches (x, y, b) of ``size`` samples in the given order of rows; the short last one is kept."""
         parts = order.to(self.y.device).split(size)
         for x, rows in zip(_read(self.x, order, parts), parts, strict=True):
-            yield x, self.y[rows], self.b[rows]
+            yield x, self.y.index_select(0, rows), self.b.index_select(0, rows)
 
     def identity(self) -> tuple[Tensor, ...]:
         """Tensors that tell this set from others, as far as that can be told without reading inputs again."""
