@@ -225,7 +225,7 @@ def prepare_vanilla(request: Request, progress: Progress) -> None:
     with locked(request.out), progress:
         _remove_leftovers(request.out)
         progress.stage("data")
-        splits = request.workload.load(request.data_dir, request.seed, **request.data_options)
+        splits = request.workload.load(request.data_dir, request.seed, **vanilla_options(request))
         trained_vanilla(request, splits, progress)
 
 
@@ -409,12 +409,18 @@ def _as_json(recipe: Recipe | None) -> dict[str, Any] | None:
     return None if recipe is None else {**asdict(recipe), "milestones": list(recipe.milestones)}
 
 
+def vanilla_options(request: Request) -> dict[str, Any]:
+    """The workload's options without those of the unbiased sets."""
+    others = {option.name for option in request.workload.options if option.of_unbiased_sets}
+    return {name: value for name, value in request.data_options.items() if name not in others}
+
+
 def vanilla_identity(request: Request) -> dict[str, Any]:
     """What the biased network depends on: requests that agree in it can share one."""
     return {
         "workload": request.workload.name,
         "data_dir": request.data_dir and os.path.abspath(request.data_dir),
-        "data_options": request.data_options,
+        "data_options": vanilla_options(request),
         "seed": request.seed,
         "recipe": _as_json(request.recipe),
         "precision": request.settings.precision,

@@ -21,6 +21,7 @@ class Option:
     name: str  # as in Python, with underscores
     type: type[int] | type[float] | type[bool] | type[str]
     help: str
+    of_unbiased_sets: bool = False  # the biased network does not depend on it
 
     @property
     def flag(self) -> str:
@@ -70,8 +71,10 @@ class Workload:
 
 
 _TRAIN_SIZE = Option("train_size", int, "samples that the vanilla network learns from")
-_UNBIASED_SIZE = Option("unbiased_size", int, "samples of the unbiased training set")
-_UNBIASED_DIGITS = Option("unbiased_digits", int, "different digits in the unbiased training set")
+_UNBIASED_SIZE = Option("unbiased_size", int, "samples of the unbiased training set", of_unbiased_sets=True)
+_UNBIASED_DIGITS = Option(
+    "unbiased_digits", int, "different digits in the unbiased training set", of_unbiased_sets=True
+)
 
 _MULTI_COLOR_MNIST = Workload(
     name="multi-color-mnist",

@@ -15,7 +15,7 @@ import ffw_fast.run as runs
 from ffw_fast.interrupts import Terminated
 from ffw_fast.ops import joint_distribution, joint_information
 from ffw_fast.progress import Progress
-from ffw_fast.run import Request, information_floor, prepare_vanilla, run_workload
+from ffw_fast.run import Request, information_floor, prepare_vanilla, run_workload, vanilla_identity
 from ffw_fast.run_lock import LOCK
 from ffw_fast.workloads import get_workload
 
@@ -91,6 +91,17 @@ def finished_once(tmp_path_factory) -> Path:
 def finished(finished_once, tmp_path) -> Path:
     """A folder that a run has finished in, to be changed."""
     return Path(shutil.copytree(finished_once, tmp_path / "finished"))
+
+
+def test_a_biased_network_is_shared_by_runs_on_other_unbiased_sets(tmp_path):
+    more, other = {"train_size": 100, "unbiased_size": 200, "unbiased_digits": 50}, {"train_size": 200}
+    identity = vanilla_identity(request_for(tmp_path))
+    assert vanilla_identity(request_for(tmp_path / "more", data_options=more)) == identity
+    assert vanilla_identity(request_for(tmp_path, data_options=other)) != identity
+    load = get_workload("multi-color-mnist").load
+    one, same = load(None, 3, train_size=100).vanilla, load(None, 3, **more).vanilla
+    assert torch.equal(one.x, same.x)
+    assert torch.equal(one.y, same.y)
 
 
 def test_the_same_request_gives_the_same_results_from_the_kept_network(finished):

@@ -101,12 +101,13 @@ def test_a_sweep_is_the_same_runs_one_by_one(digits, tmp_path, in_this_process, 
 
 def test_a_setting_that_fails_leaves_the_others(digits, tmp_path, in_this_process, capsys):
     out = tmp_path / "sweep"
-    command = ["sweep", "multi-color-mnist", "--out", str(out), *settings(digits), "--unbiased-size", "10,0"]
+    command = ["sweep", "multi-color-mnist", "--out", str(out), *settings(digits), "--unbiased-size", "0,10"]
     assert main(command) == 2
-    good, bad = table(out)
+    bad, good = table(out)
     assert good["status"] == "finished"
     assert "unbiased_size" in bad["status"]
-    assert "unbiased_size-0: its biased network: unbiased_size" in capsys.readouterr().err
+    assert "unbiased_size-0: unbiased_size" in capsys.readouterr().err
+    assert len(list((out / "vanilla").iterdir())) == 1  # the biased network does not depend on it
 
 
 @pytest.mark.parametrize(
