@@ -25,11 +25,11 @@ import torch.distributed as dist
 from ffw_fast.benchmarks.hosts import LINK, Hosts
 from ffw_fast.benchmarks.jobs import JOBS, TINY_JOBS, Job, chosen_jobs, feature_width, random_samples
 from ffw_fast.benchmarks.machine import describe, times
-from ffw_fast.benchmarks.scaling import MESSAGES, Network, bytes_sent, messages
+from ffw_fast.benchmarks.scaling import FEATURES, GATED, GRADIENT, JOINT, Network, bytes_sent, messages
 from rich.table import Table
 from torch import Tensor
 
-from ffw_fast.distributed import Alone, Group
+from ffw_fast.distributed import Alone, Group, ShardedGroup
 from ffw_fast.extract import Loop
 from ffw_fast.settings import Settings
 from ffw_fast.summary import print_table
@@ -37,7 +37,7 @@ from ffw_fast.summary import print_table
 HEAD_EPOCHS = 10  # of a fit
 STEP, NETWORK, GATES, HEADS = "a step", "  network", "  gates", "  heads"
 PASS, REFIT = "features of the set", "refit of the heads"
-PARTS = (STEP, NETWORK, *(f"  {name}" for name in MESSAGES), HEADS, GATES, PASS, REFIT)
+PARTS = (STEP, NETWORK, *(f"  {name}" for name in (JOINT, GRADIENT, FEATURES)), HEADS, GATES, f"  {GATED}", PASS, REFIT)
 MODULE = (sys.executable, "-m", "ffw_fast.benchmarks.processes")
 PATIENCE = timedelta(minutes=30)  # with a process that others keep from its core
 
@@ -59,9 +59,8 @@ class Meter:
         self.seconds[name] = time.perf_counter() - started
 
     @contextmanager
-    def message(self, size: int) -> Iterator[None]:
-        """A message whose whole content is so many bytes; a step's come in the order of ``MESSAGES``."""
-        name = MESSAGES[len(self.sent) % len(MESSAGES)]
+    def message(self, name: str, size: int) -> Iterator[None]:
+        """A message whose whole content is so many bytes."""
         self.sent[name] = size
         with self.part(f"  {name}"):
             yield
@@ -74,27 +73,45 @@ class Meter:
         return run
 
 
-class MeteredGroup(Group):
-    """The group, with a count of what goes round and how long that takes, waiting for the others included."""
+class _Metered(Group):
+    """A group with a count of what goes round in a step and how long that takes, waiting for the others included."""
 
     def __init__(self, meter: Meter) -> None:
         super().__init__()
         self._meter = meter
 
     def rows(self, own: Tensor, count: int) -> Tensor:
-        with self._meter.message(count * own[0].nbytes):
+        with self._meter.message(FEATURES, count * own[0].nbytes):
             return super().rows(own, count)
 
     def _all_reduce(self, tensor: Tensor) -> None:
-        with self._meter.message(tensor.nbytes):
+        with self._meter.message(JOINT, tensor.nbytes):
             super()._all_reduce(tensor)
+
+    def _send(self, gradient: Tensor, piece: slice) -> list[Callable[[], object]]:
+        self._meter.sent[GRADIENT] = self._meter.sent.get(GRADIENT, 0) + gradient[piece].nbytes
+        return super()._send(gradient, piece)
+
+
+class MeteredGroup(_Metered, Group):
+    """All processes keep the state of all gates."""
+
+
+class MeteredShardedGroup(_Metered, ShardedGroup):
+    """Each keeps that of its own gates."""
+
+    def spread_(self, buffer: Tensor) -> None:
+        with self._meter.message(GATED, buffer.nbytes):
+            super().spread_(buffer)
 
 
 def measure(options: argparse.Namespace, group: Alone, meter: Meter) -> dict[str, Any]:
     """Seconds (medians) of a step, its parts, a pass over the set and a refit; bytes of a step's messages."""
     loop = _loop(options, group)
-    loop.optimizer.step = meter.timed(GATES, loop.optimizer.step)  # type: ignore[method-assign]
+    loop.optimizer._step = meter.timed(GATES, loop.optimizer._step)  # type: ignore[method-assign]
     loop.heads.step = meter.timed(HEADS, loop.heads.step)  # type: ignore[method-assign]
+    if (gradient_sum := loop.network.gradient_sum) is not None:
+        gradient_sum.finish = meter.timed(f"  {GRADIENT}", gradient_sum.finish)  # type: ignore[method-assign]
     loop.heads.epochs_a_fit = HEAD_EPOCHS
     loop._step(*next(loop._batches()))  # libraries choose kernels and take memory in it
     steps: list[dict[str, float]] = []
@@ -157,7 +174,7 @@ def _be_member(options: argparse.Namespace) -> None:
     if count > 1:
         store = dist.FileStore(str(folder / "store"), count)
         dist.init_process_group("gloo", store=store, rank=rank, world_size=count, timeout=PATIENCE)
-        group = MeteredGroup(meter)
+        group = MeteredShardedGroup(meter) if options.shard else MeteredGroup(meter)
     (folder / str(rank)).write_text(json.dumps(measure(options, group, meter)))
     if count > 1:
         dist.destroy_process_group()
@@ -175,7 +192,7 @@ def time_table(results: dict[int, list[dict[str, Any]]], options: argparse.Names
     for count in others:
         table.add_column(f"{count} to {first}", justify="right")
     seconds = {count: _mean_seconds(members) for count, members in results.items()}
-    for name in PARTS:
+    for name in (part for part in PARTS if any(part in parts for parts in seconds.values())):
         shown = [f"{1e3 * parts[name]:.1f}" if name in parts else "" for parts in seconds.values()]
         known = name in seconds[first]
         ratios = [f"{seconds[count][name] / seconds[first][name]:.2f}" if known else "" for count in others]
@@ -195,7 +212,7 @@ def sent_table(count: int, members: list[dict[str, Any]], options: argparse.Name
     for column in ("message", "on paper", "sent", "each sends, on paper", "first host's link carried"):
         table.add_column(column, justify="left" if column == "message" else "right")
     total = 0.0
-    for message in messages(network, options.batch):
+    for message in messages(network, options.batch, options.shard):
         each = bytes_sent(message, count)
         total += each
         table.add_row(message.name, f"{message.bytes:,.0f}", f"{members[0]['sent'][message.name]:,}", f"{each:,.0f}")
@@ -214,6 +231,7 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--steps", type=int, default=10, help="of one epoch over the random set (default: 10)")
     parser.add_argument("--repeats", type=int, default=3, help="of what is done once an epoch (default: 3)")
     parser.add_argument("--link", metavar="RATE", help="between two simulated hosts, as in tc: 1gbit")
+    parser.add_argument("--shard", action="store_true", help="each process keeps the state of its own gates alone")
     parser.add_argument("--member", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.member:

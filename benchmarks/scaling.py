@@ -13,19 +13,22 @@ from dataclasses import dataclass
 import torch
 from rich.table import Table
 
+from ffw_fast.distributed import ShardedGroup
 from ffw_fast.gated_network import FlatGates
 from ffw_fast.gates import GateKind
 from ffw_fast.optim import GatedAdam
 from ffw_fast.summary import print_table
 
 FLOAT = 4  # bytes
-STATE = ("weight", "gated weight", "gradient", "score", "first moment", "second moment", "best score")  # floats a gate
+WHOLE = ("weight", "gated weight", "gradient")  # floats a gate that every process keeps ...
+OWN = ("score", "first moment", "second moment", "best score")  # ... and those that may be sharded
 PASS = 9  # floats a gate that the fused step reads or writes: 5 read, 4 written
 BF16_RATE, MEMORY_RATE = 312e12, 1.555e12  # of an A100-40GB: FLOP/s, bytes/s
 NVLINK, NETWORK = 300e9, 12.5e9  # bytes/s each way of a GPU, and of a host with 100 Gbit/s
 GPUS_A_HOST = 8
 PROCESSES = (1, 2, 4, 8, 16, 32, 64)
-MESSAGES = ("joint and cross-entropy", "gradient of the gated weights", "features of the minibatch")  # of a step
+JOINT, GRADIENT, FEATURES = "joint and cross-entropy", "gradient of the gated weights", "features of the minibatch"
+GATED = "gated weights"  # goes round where the state is sharded
 
 
 @dataclass(frozen=True)
@@ -52,19 +55,20 @@ class Message:
 
     name: str
     bytes: float
-    is_reduced: bool  # else it is gathered
+    rounds: int  # 2 where the parts are first added up and the sum is then given to all
 
 
-def messages(network: Network, batch: int) -> list[Message]:
+def messages(network: Network, batch: int, shard: bool = False) -> list[Message]:
     """The messages of a step. An adaptive schedule sends 8 bytes more."""
-    floats = (network.heads * network.classes**2 + 1, network.gates, batch * network.features)
-    kinds = zip(MESSAGES, floats, (True, True, False), strict=True)
-    return [Message(name, FLOAT * count, is_reduced) for name, count, is_reduced in kinds]
+    gates = FLOAT * network.gates
+    joint = Message(JOINT, FLOAT * (network.heads * network.classes**2 + 1), 2)
+    gradient = [Message(GRADIENT, gates, 1), Message(GATED, gates, 1)] if shard else [Message(GRADIENT, gates, 2)]
+    return [joint, *gradient, Message(FEATURES, FLOAT * batch * network.features, 1)]
 
 
 def bytes_sent(message: Message, processes: int) -> float:
-    """By each process of a ring: all but its own part, twice where the parts are summed first."""
-    return message.bytes * (processes - 1) / processes * (2 if message.is_reduced else 1)
+    """By each process of a ring: all but its own part, in every round."""
+    return message.bytes * (processes - 1) / processes * message.rounds
 
 
 def message_seconds(message: Message, processes: int, latency: float) -> float:
@@ -116,9 +120,24 @@ def scaling_table(batch: int, share: float, latency: float) -> Table:
     return table
 
 
-def measured_state(gates: int) -> int:
-    """Bytes that the loop's buffers of so many gates take after a step."""
-    flat = FlatGates({"layer": torch.randn(gates)}, GateKind.FFW, seed=0)
+class _FirstOf(ShardedGroup):
+    """The first of so many processes that share the gates out, without the others."""
+
+    def __init__(self, count: int) -> None:
+        self.count, self.rank = count, 0
+
+    def spread_(self, buffer: torch.Tensor) -> None:
+        """There is nobody."""
+
+
+def counted_state(gates: int, processes: int) -> float:
+    """Bytes of the loop's buffers of so many gates on each process."""
+    return FLOAT * gates * (len(WHOLE) + len(OWN) / processes)
+
+
+def measured_state(gates: int, processes: int) -> int:
+    """Bytes that the loop's buffers of so many gates take on a process after a step."""
+    flat = FlatGates({"layer": torch.randn(gates)}, GateKind.FFW, seed=0, group=_FirstOf(processes))
     optimizer = GatedAdam(flat)
     optimizer.step()
     best = flat.scores.clone()
@@ -128,12 +147,13 @@ def measured_state(gates: int) -> int:
 
 
 def memory_table(sizes: Sequence[int]) -> Table:
-    table = Table(title="state of every process, the same on each", title_justify="left")
-    for column in ("gates", "counted, MB", "measured, MB"):
+    table = Table(title="state of each process, sharded: MB", title_justify="left")
+    for column in ("gates", "processes", "counted", "measured"):
         table.add_column(column, justify="right")
     for gates in sorted(sizes):
-        counted = len(STATE) * FLOAT * gates
-        table.add_row(f"{gates:,}", f"{counted / 1e6:,.0f}", f"{measured_state(gates) / 1e6:,.0f}")
+        for count in (1, 2, GPUS_A_HOST):
+            counted, measured = counted_state(gates, count), measured_state(gates, count)
+            table.add_row(f"{gates:,}", str(count), f"{counted / 1e6:,.0f}", f"{measured / 1e6:,.0f}")
     return table
 
 

@@ -72,8 +72,10 @@ def _same(once: Tensor, again: Tensor, tolerance: float) -> bool:
 
 def of_gates(gates: FlatGates, second_moments: Tensor) -> Iterator[str]:
     """Of gates that never got a gradient: Adam's second moments, flat as the scores, are exactly 0 there."""
-    silent = {name: (view == 0).double().mean().item() for name, view in gates.views(second_moments).items()}
+    zeros = torch.stack([(part == 0).sum(dtype=torch.float64) for part in gates.parts(second_moments).values()])
     counts = {name: shape.numel() for name, shape in gates.shapes.items()}
+    pairs = zip(counts.items(), gates.total_(zeros).tolist(), strict=True)
+    silent = {name: found / count for (name, count), found in pairs}
     for name, share in silent.items():
         if share == 1:
             yield (

@@ -175,6 +175,7 @@ def _add_run_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--resume", action="store_true", help="continue from the run folder's checkpoint, where there is one"
     )
+    choose("--shard", action="store_true", help="on several processes: each keeps the state of its share of the gates")
     parser.add_argument("--vanilla-only", action="store_true", help="train the biased network and stop there")
     parser.set_defaults(command=_run)
 
@@ -340,6 +341,7 @@ def _request(options: argparse.Namespace) -> Request:
         vanilla_epochs=given.get("vanilla_epochs"),
         device=options.device,
         resume=given.get("resume", False),
+        shard=given.get("shard", False),
         guess_bias=given.get("guess_bias", False),
         without_val=given.get("without_val", False),
     )

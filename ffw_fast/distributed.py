@@ -4,16 +4,20 @@ The samples of every minibatch are shared out; all else is the same everywhere. 
 of biases and predictions, so that the mutual information is that of the whole minibatch (the mean of the parts' is
 another number: small batches bias it upward), the gradient of the gated weights, one flat buffer, and the bottleneck's
 features, on which every process takes the same step of the heads. Gates that see the same gradient stay the same, the
-random ones too, since their draws are counted, not drawn from a generator. Refits are done by the first process on
-features from all.
+random ones too, since their draws are counted, not drawn from a generator. For a refit the features of all go round
+once.
+
+Where the gates are sharded, each process keeps the state of its own slice of them alone: it gets their gradient, takes
+their step, and sends their gated weights to the others.
 """
 
 import json
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from itertools import pairwise
 from typing import Any, TypeVar
 
 import torch
@@ -23,12 +27,14 @@ from torch import Tensor
 from ffw_fast import ops
 from ffw_fast.data.samples import Inputs, Samples, part_of
 from ffw_fast.objective import Objective, objective
-from ffw_fast.run_state import Resumable, RunState
+from ffw_fast.run_state import Resumable, RunState, Snapshot
 
 Result = TypeVar("Result")
 PATIENCE = timedelta(days=1)  # with a process that lives: the first one may train a biased network for hours
 GONE = 10.0  # seconds in which those that live find out who does not
 POLL = 0.05  # seconds
+PIECE = 2**20  # gates whose gradient is a message of its own, sent while the backward pass still runs
+ALIGNMENT = 16  # gates: the slices that are shared out begin at multiples of it, as the layers do
 ERRORS = (ValueError, TypeError, OSError, ImportError, FloatingPointError)
 
 
@@ -36,10 +42,101 @@ class ProcessLost(ConnectionError):
     """A process of the group has ended, so the others cannot go on."""
 
 
+class GradientSum:
+    """The sum of all processes' gradients, of a flat buffer that the backward pass fills from its end on.
+
+    It goes round in pieces, each as soon as it is whole and those before it are on their way, so in the same order on
+    all processes.
+
+    Args:
+        gradient: (n,), of which the weights' gradients are views, one behind the other.
+        weights: leaves of autograd in the order of the buffer.
+        send: starts a message of a slice of the buffer; gives what waits for its end.
+    """
+
+    def __init__(
+        self, gradient: Tensor, weights: Sequence[Tensor], send: Callable[[slice], list[Callable[[], object]]]
+    ) -> None:
+        self._send = send
+        self._pieces: list[slice] = []
+        self._sizes: list[int] = []  # how many weights each piece holds
+        members: list[Tensor] = []
+        for weight in reversed(weights):
+            members.append(weight)
+            start = 0 if weight is weights[0] else _place(weight, gradient)
+            end = self._pieces[-1].start if self._pieces else len(gradient)
+            if end - start >= PIECE or start == 0:
+                self._add_piece(slice(start, end), members)
+                members = []
+        self._begin()
+
+    def _add_piece(self, piece: slice, members: list[Tensor]) -> None:
+        index = len(self._pieces)
+        self._pieces.append(piece)
+        self._sizes.append(len(members))
+        for weight in members:
+            weight.register_post_accumulate_grad_hook(lambda _weight: self._filled(index))
+
+    def _begin(self) -> None:
+        self._missing = list(self._sizes)
+        self._sent = 0
+        self._ends: list[Callable[[], object]] = []
+
+    def _filled(self, index: int) -> None:
+        self._missing[index] -= 1
+        while self._sent < len(self._pieces) and self._missing[self._sent] == 0:
+            self._send_next()
+
+    def _send_next(self) -> None:
+        self._ends += self._send(self._pieces[self._sent])
+        self._sent += 1
+
+    def finish(self) -> None:
+        """Wait until the sum is there; to be called after every backward pass."""
+        while self._sent < len(self._pieces):  # those whose weights got no gradient
+            self._send_next()
+        for end in self._ends:
+            end()
+        self._begin()
+
+
+def _place(weight: Tensor, gradient: Tensor) -> int:
+    """Where the weight's gradient begins in the buffer."""
+    assert weight.grad is not None
+    return int(weight.grad.storage_offset() - gradient.storage_offset())
+
+
 class Alone:
     """One process: there is nothing to share."""
 
     count, rank = 1, 0
+
+    def own(self, gates: int) -> slice:
+        """Which of so many gates this process keeps the state of: all, unless they are sharded."""
+        return slice(0, gates)
+
+    def total_(self, part: Tensor) -> Tensor:
+        """Add up what the processes have counted over their own gates, in place."""
+        return part
+
+    def spread_(self, buffer: Tensor) -> None:
+        """Give every process what the others have in a buffer over all gates at their own, in place."""
+
+    def whole(self, part: Tensor, gates: int) -> Tensor:
+        """A buffer over all of so many gates, of which every process has the part of its own."""
+        return part
+
+    def to_first(self, part: Tensor, gates: int) -> Tensor:
+        """The same on the first process, there in the CPU's memory; the others keep their part."""
+        return part
+
+    def gradient_sum(self, gradient: Tensor, weights: Sequence[Tensor]) -> GradientSum | None:
+        """What sums up the flat gradient of these weights over all processes; nothing where there is one."""
+        return None
+
+    def facts(self, fact: Any) -> list[Any]:
+        """Every process's fact, anything that JSON can hold."""
+        return [fact]
 
     def together(self, work: Callable[[], Result]) -> Result:
         """Do what may fail on one process only; where it does, all raise its error."""
@@ -60,9 +157,6 @@ class Alone:
         The gradient of J is this process's part, which the other's add up to the whole one.
         """
         return objective(logits, labels, head_logits, bias_labels, alpha, gamma)
-
-    def sum_(self, gradient: Tensor) -> None:
-        """Add up all processes' gradients, in place."""
 
     def rows(self, own: Tensor, count: int) -> Tensor:
         """All rows (count, ...) of a minibatch, or of a set, in their order, of which this process has its own."""
@@ -103,7 +197,7 @@ class Group(Alone):
             result = work()
         except ERRORS as raised:
             error = raised
-        texts = self._gather_json(str(error) if error is not None else None)
+        texts = self.facts(str(error) if error is not None else None)
         failed = [rank for rank, text in enumerate(texts) if text is not None]
         if not failed:
             return result
@@ -113,7 +207,7 @@ class Group(Alone):
 
     def check_same(self, facts: dict[str, Any]) -> None:
         ours = json.loads(json.dumps(facts))
-        everywhere = self._gather_json(ours)
+        everywhere = self.facts(ours)
         differences = [
             f"{name} is {everywhere[0].get(name)!r} on rank 0 and {other.get(name)!r} on rank {rank}"
             for rank, other in enumerate(everywhere)
@@ -146,8 +240,25 @@ class Group(Alone):
         losses = torch.stack([total, cross_entropy, information]).detach()
         return Objective(losses, *torch.autograd.grad(total, (logits, head_logits)))
 
-    def sum_(self, gradient: Tensor) -> None:
-        self._all_reduce(gradient)
+    def total_(self, part: Tensor) -> Tensor:
+        self.copy_(part)  # each has counted all
+        return part
+
+    def gradient_sum(self, gradient: Tensor, weights: Sequence[Tensor]) -> GradientSum | None:
+        return GradientSum(gradient, weights, lambda piece: self._send(gradient, piece))
+
+    def _send(self, gradient: Tensor, piece: slice) -> list[Callable[[], object]]:
+        return [self._started(dist.all_reduce, gradient[piece])]
+
+    def _started(self, collective: Callable[..., dist.Work], tensor: Tensor, *arguments: int) -> Callable[[], object]:
+        """A message on its way; what waits for its end."""
+        with self._naming_the_lost():
+            work = collective(tensor, *arguments, async_op=True)
+        return lambda: self._ended(work)
+
+    def _ended(self, work: dist.Work) -> None:
+        with self._naming_the_lost():
+            work.wait()
 
     def rows(self, own: Tensor, count: int) -> Tensor:
         sizes = [self._size(count, rank) for rank in range(self.count)]
@@ -180,15 +291,20 @@ class Group(Alone):
         return json.loads(text.numpy().tobytes())
 
     def share(self, run: Resumable, state: RunState) -> None:
-        tensors, record = run.state()
-        record = self.told(record)
-        shapes = self.told({name: list(tensor.shape) for name, tensor in tensors.items()})
-        if self.rank > 0:  # memory of their own: before a run has begun, some of its tensors are the same
-            tensors = {name: tensors[name].new_empty(shape) for name, shape in shapes.items()}
-        self.copy_(*tensors.values())
+        found = state.last if self.rank == 0 else None
+        record = self.told(found and found.record)
+        tensors = {}
+        for name, (dtype, shape) in run.forms().items():  # a file has them in another order
+            tensors[name] = self._from_first(found.tensors[name] if found else torch.empty(shape, dtype=dtype))
         if self.rank > 0:
-            run.load_state(tensors, record)
-            state.keep(run)
+            state.last = Snapshot(tensors, record)
+            state.last.load_into(run)
+
+    def _from_first(self, tensor: Tensor) -> Tensor:
+        """The first process's tensor, from the CPU's memory into it."""
+        with self._naming_the_lost():
+            dist.broadcast(tensor, 0, group=self._gloo)
+        return tensor
 
     def _size(self, count: int, rank: int) -> int:
         """How many of so many rows are that process's."""
@@ -203,8 +319,7 @@ class Group(Alone):
         with self._naming_the_lost():
             dist.all_reduce(tensor)
 
-    def _gather_json(self, fact: Any) -> list[Any]:
-        """Every process's fact."""
+    def facts(self, fact: Any) -> list[Any]:
         text = torch.frombuffer(bytearray(json.dumps(fact).encode()), dtype=torch.uint8)
         lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(self.count)]
         with self._naming_the_lost():
@@ -270,9 +385,62 @@ class _WholeMinibatch(torch.autograd.Function):
         return by_logits, None, cross_entropy * (ctx.weight / ctx.count), None, None, None
 
 
-def processes() -> Alone:
+class ShardedGroup(Group):
+    """The group where each process keeps the scores, moments and best scores of its own gates alone."""
+
+    def own(self, gates: int) -> slice:
+        return self._slices(gates)[self.rank]
+
+    def total_(self, part: Tensor) -> Tensor:
+        self._all_reduce(part)
+        return part
+
+    def spread_(self, buffer: Tensor) -> None:
+        slices = enumerate(self._slices(len(buffer)))
+        ends = [self._started(dist.broadcast, buffer[own], owner) for owner, own in slices if len(buffer[own])]
+        for end in ends:
+            end()
+
+    def whole(self, part: Tensor, gates: int) -> Tensor:
+        buffer = part.new_empty(gates)
+        buffer[self.own(gates)] = part
+        self.spread_(buffer)
+        return buffer
+
+    def to_first(self, part: Tensor, gates: int) -> Tensor:
+        with self._naming_the_lost():
+            if self.rank > 0:
+                dist.send(part.contiguous(), 0)
+                return part
+            buffer = torch.empty(gates, dtype=part.dtype)
+            buffer[self.own(gates)] = part.cpu()
+            for owner, own in enumerate(self._slices(gates)[1:], 1):
+                arriving = part.new_empty(own.stop - own.start)
+                dist.recv(arriving, owner)
+                buffer[own] = arriving.cpu()
+            return buffer
+
+    def _send(self, gradient: Tensor, piece: slice) -> list[Callable[[], object]]:
+        """Each owner gets the sum at its own gates; what the others have there afterwards means nothing."""
+        ends = []
+        for owner, own in enumerate(self._slices(len(gradient))):
+            part = gradient[max(own.start, piece.start) : max(own.start, min(own.stop, piece.stop))]
+            if len(part):
+                ends.append(self._started(dist.reduce, part, owner))
+        return ends
+
+    def _slices(self, gates: int) -> list[slice]:
+        """Every process's own of so many gates."""
+        units = -(-gates // ALIGNMENT)
+        bounds = [min(gates, rank * units // self.count * ALIGNMENT) for rank in range(self.count + 1)]
+        return [slice(start, stop) for start, stop in pairwise(bounds)]
+
+
+def processes(shard: bool = False) -> Alone:
     """The processes that work on one extraction: those of the default process group, where there is one."""
-    return Group() if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1 else Alone()
+    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        return Alone()
+    return ShardedGroup() if shard else Group()
 
 
 def is_first() -> bool:

@@ -19,7 +19,6 @@ from ffw_fast.extraction import Extraction, masks_of, weight_sparsity
 from ffw_fast.failures import first_bad_step, memory_errors_explained
 from ffw_fast.files import digest
 from ffw_fast.gated_network import GatedNetwork
-from ffw_fast.gates import half_open
 from ffw_fast.heads import PrivateHeads
 from ffw_fast.inputs import prepare
 from ffw_fast.measure import Measurement, accuracy, measure, minibatch_information
@@ -34,7 +33,7 @@ from ffw_fast.step_graph import StepGraph
 
 GATE_EPOCHS = "gate epoch"  # the stream of orders in which gate epochs visit the samples
 EXAMPLES = 8  # samples on which simplifications of the network are checked
-GATE_STATE = ("scores", "temperature", "draw", "movement")
+SHARED_GATE_STATE = ("temperature", "draw", "movement")
 HEAD_STATE = ("weight", "bias", "weight_momentum", "bias_momentum")
 
 
@@ -62,6 +61,7 @@ def extract(
     device: torch.device | str | None = None,
     run_dir: str | os.PathLike[str] | None = None,
     resume: bool = False,
+    shard: bool = False,
     progress: bool | Progress = True,
 ) -> Extraction:
     """Find the unbiased sub-network of a biased network by learning one gate per frozen weight.
@@ -109,6 +109,7 @@ def extract(
         device: where to run; default: where the model is.
         run_dir: a folder for checkpoints.
         resume: continue from the run folder's newest checkpoint.
+        shard: on several processes, let each keep scores, moments and best scores of its share of the gates alone.
         progress: whether to show it on standard error.
 
     Returns:
@@ -143,7 +144,7 @@ def extract(
     )
     if resume and run_dir is None:
         raise ValueError("resume needs run_dir, the folder that holds the checkpoint")
-    group = processes()
+    group = processes(shard)
     if batch_size < group.count:
         raise ValueError(f"batch_size must be at least the number of processes, {group.count}, got {batch_size}")
     if group.count > 1 and method != "ffw":
@@ -164,7 +165,7 @@ def extract(
             "weights": digest(*loop.network.module.state_dict().values()),
             "data": digest(*loop.train.identity(), *loop.val.identity()),
         }
-        group.check_same({**identity, **computing(target), "max_epochs": max_epochs})
+        group.check_same({**identity, **computing(target), "max_epochs": max_epochs, "shard": shard})
         with group.together(lambda: RunState(run_dir, identity, resume)) as state:
             loop.run(state, shown)
     return loop.extraction(model)
@@ -205,6 +206,7 @@ class Loop:
             train.x[:EXAMPLES],
             settings.granularity,
             settings.where,
+            self.group,
         )
         self.gates = self.network.gates
         self.schedule: Schedule = make_schedule(settings.schedule, settings.anneal_rate, LR)
@@ -239,6 +241,7 @@ class Loop:
             self._take_out_frozen_part()
             if self.group.told(self.group.together(lambda: state.restore(self))):
                 self.group.share(self, state)
+                self.gates.spread()
                 progress.note(self._resumed_note())
             else:
                 self._start()
@@ -257,8 +260,9 @@ class Loop:
         """Runs the epoch again from the last good state, which is what the checkpoint keeps."""
         assert state.last is not None
         state.last.load_into(self)
+        self.gates.spread()
         steps = (self._step(*batch) for batch in self._batches())
-        return first_bad_step(steps, self.network.module, self.gates, self.heads)
+        return first_bad_step(steps, self.network.module, self.gates, self.heads, self.group)
 
     def _warn(self, doubts: Iterable[str]) -> None:
         for text in doubts:
@@ -278,6 +282,8 @@ class Loop:
     def _start(self) -> None:
         """Fit the heads on the biased network; the pruned networks' heads start from these."""
         started = time.perf_counter()
+        if self.schedule.anneals:
+            self.gates.total_(self.gates.movement)
         self._refit(self.heads)
         self.vanilla_heads = self.heads.with_fresh_optimizer()
         vanilla = self._measure(self.heads, sparsity=0.0)
@@ -291,8 +297,7 @@ class Loop:
         row = {"epoch": len(self.history) + 1, "temperature": temperature, **self._train_gates()}
         row["head_epochs"] = self._refit(self.heads)
         row |= self._validate()
-        scores = self.gates.views(self.gates.scores).values()
-        row["half_open"] = half_open(self.settings.kind, scores, self.gates.temperature)
+        row["half_open"] = self.gates.half_open()
         row |= self._end_epoch(row["val_mi"])
         elapsed = time.perf_counter() - started
         self.seconds += elapsed
@@ -304,7 +309,7 @@ class Loop:
         for batch in self._batches():
             self.step_graph(*batch)
         loss, cross_entropy, information = (self.totals / len(self.train.y)).tolist()  # the one read of an epoch
-        if not torch.isfinite(self.totals).all() or not self.gates.scores.isfinite().all():
+        if not self.gates.are_finite() or not torch.isfinite(self.totals).all():
             raise FloatingPointError(f"a loss or a score is no longer finite in epoch {len(self.history) + 1}")
         return {"loss": loss, "cross_entropy": cross_entropy, "train_mi": information}
 
@@ -325,11 +330,10 @@ class Loop:
         features, logits = features.float(), logits.float()
         found = self._objective(logits, y, self.heads.logits(features.detach()), b)
         found.backward(logits, features, self.heads)
-        self.group.sum_(self.gates.grad)
+        if self.network.gradient_sum is not None:
+            self.network.gradient_sum.finish()
         self.heads.step(self.group.rows(features.detach(), len(b)), b)
         self.optimizer.step()
-        if self.schedule.anneals:
-            self.group.copy_(self.gates.movement)
         return found.losses
 
     def _objective(self, logits: Tensor, y: Tensor, head_logits: Tensor, b: Tensor) -> Objective:
@@ -388,7 +392,7 @@ class Loop:
             judged = self._measure(heads, self.gates.sparsity(shift))
         removed = judged.sparsity
         if self.settings.granularity == "channel":
-            masks = masks_of(self.gates.views(self.gates.scores + shift))
+            masks = masks_of(self.gates.views(self.gates.whole(self.gates.scores + shift)))
             removed = weight_sparsity(self.dense_model, self.settings, masks)
         self.metrics["pruned"] = {**judged.as_dict(), "weight_sparsity": removed}
         if self.best is None or judged.mean_bias_accuracy < self.best.mean_bias_accuracy:
@@ -407,14 +411,8 @@ class Loop:
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """All that the rest of the run depends on; orders are drawn anew from the seed and the epoch."""
-        optimizer = self.optimizer.state[self.gates.gated]
-        tensors = {
-            **{name: getattr(self.gates, name) for name in GATE_STATE},
-            **{f"optimizer.{name}": value for name, value in optimizer.items()},
-            **{f"heads.{name}": getattr(self.heads, name) for name in HEAD_STATE},
-            **{f"vanilla_heads.{name}": getattr(self.vanilla_heads, name) for name in HEAD_STATE},
-            "best_scores": self.best_scores,
-        }
+        own = {name: self.gates.to_first(tensor) for name, tensor in self._own_state().items()}
+        tensors = {**own, **self._shared_state()}
         record = {
             "schedule": asdict(self.schedule),
             "head_epochs": [self.heads.epochs, self.vanilla_heads.epochs],
@@ -426,16 +424,42 @@ class Loop:
         }
         return tensors, record
 
+    def forms(self) -> dict[str, tuple[torch.dtype, torch.Size]]:
+        """Of the tensors that ``state`` gives on the first process."""
+        whole = self.gates.weight.shape
+        return {
+            **{name: (tensor.dtype, whole) for name, tensor in self._own_state().items()},
+            **{name: (tensor.dtype, tensor.shape) for name, tensor in self._shared_state().items()},
+        }
+
+    def _own_state(self) -> dict[str, Tensor]:
+        """What each process keeps of its own gates."""
+        optimizer = self.optimizer.state[self.gates.gated]
+        moments = {f"optimizer.{name}": value for name, value in optimizer.items() if value.dim() > 0}
+        return {"scores": self.gates.scores, **moments, "best_scores": self.best_scores}
+
+    def _shared_state(self) -> dict[str, Tensor]:
+        """What all processes keep, the same."""
+        optimizer = self.optimizer.state[self.gates.gated]
+        return {
+            **{name: getattr(self.gates, name) for name in SHARED_GATE_STATE},
+            **{f"optimizer.{name}": value for name, value in optimizer.items() if value.dim() == 0},
+            **{f"heads.{name}": getattr(self.heads, name) for name in HEAD_STATE},
+            **{f"vanilla_heads.{name}": getattr(self.vanilla_heads, name) for name in HEAD_STATE},
+        }
+
     def load_state(self, tensors: dict[str, Tensor], record: dict[str, Any]) -> None:
-        """Continue from what ``state`` gave."""
+        """Continue from what ``state`` gave, on any process. The gated weights are computed of the own gates alone."""
         done = len(record["history"])
         if done > self.settings.max_epochs:
             raise ValueError(f"it holds {done} epochs, more than max_epochs={self.settings.max_epochs}")
-        for name in GATE_STATE:
+        for name in SHARED_GATE_STATE:
             getattr(self.gates, name).copy_(tensors[name])
-        self.gates.refresh()
+        self.gates.scores.copy_(self.gates.kept(tensors["scores"]))
+        self.gates.refresh_own()
         for name, value in self.optimizer.state[self.gates.gated].items():
-            value.copy_(tensors[f"optimizer.{name}"])
+            found = tensors[f"optimizer.{name}"]
+            value.copy_(self.gates.kept(found) if value.dim() > 0 else found)
         self.vanilla_heads = self.heads.with_fresh_optimizer()
         for prefix, heads, epochs in zip(
             ("heads", "vanilla_heads"), (self.heads, self.vanilla_heads), record["head_epochs"], strict=True
@@ -443,7 +467,7 @@ class Loop:
             heads.epochs = epochs
             for name in HEAD_STATE:
                 getattr(heads, name).copy_(tensors[f"{prefix}.{name}"])
-        self.best_scores = tensors["best_scores"].to(self.gates.scores.device)
+        self.best_scores = self.gates.kept(tensors["best_scores"]).to(self.gates.scores.device, copy=True)
         self.schedule = restore_schedule(self.schedule, record["schedule"])
         self.best = record["best"] and Measurement(**record["best"])
         self.metrics, self.history, self.seconds = record["metrics"], record["history"], record["seconds"]
@@ -462,8 +486,8 @@ class Loop:
         return Extraction(
             dense_model=model,
             settings=self.settings,
-            scores=self._layers(self.gates.scores + shift),
-            best_scores=self._layers(self.best_scores),
+            scores=self._layers(self.gates.whole(self.gates.scores + shift)),
+            best_scores=self._layers(self.gates.whole(self.best_scores)),
             history=self.history,
             metrics={**self.metrics, "epochs": len(self.history), "seconds": self.seconds},
             input_shape=tuple(self.train.x.shape[1:]),

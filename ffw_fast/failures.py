@@ -11,6 +11,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from ffw_fast.distributed import Alone
 from ffw_fast.gated_network import FlatGates
 from ffw_fast.heads import PrivateHeads
 
@@ -18,12 +19,15 @@ LOSSES = ("loss", "cross-entropy", "mutual information")  # as a step gives them
 MEMORY_SIGNS = ("can't allocate memory", "not enough memory", "out of memory")  # in a RuntimeError of the CPU
 
 
-def first_bad_step(steps: Iterable[Tensor], network: nn.Module, gates: FlatGates, heads: PrivateHeads) -> str:
+def first_bad_step(
+    steps: Iterable[Tensor], network: nn.Module, gates: FlatGates, heads: PrivateHeads, group: Alone
+) -> str:
     """Where the first number that is not finite stands, as the end of a sentence; runs the steps until it comes.
 
     Args:
         steps: yields after each step its losses (3,).
         network, gates, heads: what the steps train.
+        group: the processes that do so, of which each may see another part of it.
     """
     outputs: list[str] = []
     hooks = [
@@ -33,7 +37,7 @@ def first_bad_step(steps: Iterable[Tensor], network: nn.Module, gates: FlatGates
     ]
     try:
         for number, losses in enumerate(steps, 1):
-            if found := _first_bad(losses, outputs, gates, heads):
+            if found := next(filter(None, group.facts(_first_bad(losses, outputs, gates, heads))), None):
                 return f"first at step {number} of the epoch, in {found}"
             outputs.clear()
     finally:
@@ -49,8 +53,8 @@ def _bad(output: object, name: str) -> list[str]:
 
 def _first_bad(losses: Tensor, outputs: list[str], gates: FlatGates, heads: PrivateHeads) -> str | None:
     """The first place of a step, in the order in which things are computed."""
-    gradients = [name for name, view in gates.views(gates.grad).items() if not view.isfinite().all()]
-    scores = [name for name, view in gates.views(gates.scores).items() if not view.isfinite().all()]
+    gradients = [name for name, part in gates.parts(gates.grad[gates.own]).items() if not part.isfinite().all()]
+    scores = [name for name, part in gates.parts(gates.scores).items() if not part.isfinite().all()]
     if losses.isfinite().all() and not gradients and not scores and heads.weight.isfinite().all():
         return None
     if outputs:

@@ -16,7 +16,8 @@ from ffw_fast import ops, philox
 from ffw_fast.channels import ChannelGraph, replace_module
 from ffw_fast.convolutions import use_cheapest_convolutions
 from ffw_fast.data.samples import Inputs
-from ffw_fast.gates import GateKind, gate_movement
+from ffw_fast.distributed import Alone, GradientSum
+from ffw_fast.gates import GateKind, gate_movement, half_open_sum
 from ffw_fast.modules import flat_offsets, maskable_layers
 from ffw_fast.simplify import simplified, split_before
 
@@ -27,16 +28,22 @@ BLOCK = 2**18  # gates that a pass over the flat buffers takes at a time, where 
 class FlatGates:
     """Flat buffers of all gated layers, each layer starting at a multiple of 16 elements; the padding stays 0.
 
+    Where processes share the gates out, each keeps the scores of its own alone, and what is computed from them goes
+    round; those methods are called on all processes.
+
     Attributes:
-        weight, gated, grad, scores: the buffers of ``w``, ``v``, ``dJ/dv`` (it is ``gated.grad``) and ``m``.
+        weight, gated, grad: the buffers of ``w``, ``v`` and ``dJ/dv`` (it is ``gated.grad``).
+        own: the part of these buffers whose scores this process keeps: all, unless they are shared out.
+        scores: ``m`` of its own gates.
         temperature: float32 scalar that the gated weights were computed at.
         draw: what the random gates were drawn with, ``ffw_fast.philox``.
         movement: float64 scalar, the sum of ``|dg / d ln T|`` over the gates in use; kept where T is annealed.
         shapes: layer name -> shape of its weight.
     """
 
-    def __init__(self, weights: dict[str, Tensor], kind: GateKind, seed: int) -> None:
+    def __init__(self, weights: dict[str, Tensor], kind: GateKind, seed: int, group: Alone | None = None) -> None:
         self.kind = kind
+        self._group = group or Alone()
         self.shapes = {name: weight.shape for name, weight in weights.items()}
         offsets = flat_offsets(shape.numel() for shape in self.shapes.values())
         self._slices = {
@@ -47,14 +54,17 @@ class FlatGates:
         self.weight = example.new_zeros(offsets[-1])
         for name, weight in weights.items():
             self.view(self.weight, name).copy_(weight)
-        self.scores = torch.zeros_like(self.weight)
         self.gated = nn.Parameter(self.weight.clone())
         self.grad = torch.zeros_like(self.weight)
         self.gated.grad = self.grad
         self.temperature = torch.ones((), dtype=torch.float32, device=example.device)
         self.draw = philox.make_draw(seed, device=example.device)
         self.movement = torch.zeros((), dtype=torch.float64, device=example.device)
-        self.refresh()
+        self.own = slice(0, len(self.weight))
+        for part, weight in self._blocks(self.weight):  # of all gates: nothing goes round before the first step
+            self.gated.data[part] = self._gated(part, torch.zeros_like(weight))
+        self.own = self._group.own(len(self.weight))
+        self.scores = torch.zeros_like(self.weight[self.own])
 
     @property
     def count(self) -> int:
@@ -63,8 +73,23 @@ class FlatGates:
 
     def sparsity(self, shift: float = 0.0) -> float:
         """Share of the weights that pruning at ``m + shift >= 0`` removes."""
-        removed = sum(int((self.scores[part] + shift < 0).sum()) for part in self._blocks())
-        return removed / self.count  # the padding's scores are 0
+        removed = torch.zeros((), dtype=torch.float64, device=self.scores.device)
+        for _part, scores in self._blocks(self.scores):
+            removed += (scores + shift < 0).sum()
+        return self.total_(removed).item() / self.count  # the padding's scores are 0
+
+    def half_open(self) -> float:
+        """Mean distance of the gates from being open or shut, ``ffw_fast.gates.half_open``."""
+        half = half_open_sum(self.kind, self.parts(self.scores).values(), self.temperature)
+        return self.total_(half).item() / self.count
+
+    def are_finite(self) -> bool:
+        """Whether all scores are."""
+        return self.total_((~self.scores.isfinite().all()).double()).item() == 0
+
+    def total_(self, part: Tensor) -> Tensor:
+        """What all processes have counted of their own gates, in place."""
+        return self._group.total_(part)
 
     def view(self, buffer: Tensor, name: str) -> Tensor:
         """The layer's part of a flat buffer, in the shape of its weight."""
@@ -74,29 +99,64 @@ class FlatGates:
         """Every layer's part of a flat buffer."""
         return {name: self.view(buffer, name) for name in self.shapes}
 
+    def parts(self, buffer: Tensor) -> dict[str, Tensor]:
+        """Every layer's part (k,) of a buffer over this process's own gates; there may be none of a layer."""
+        first = self.own.start
+        return {name: buffer[max(0, s.start - first) : max(0, s.stop - first)] for name, s in self._slices.items()}
+
+    def kept(self, buffer: Tensor) -> Tensor:
+        """This process's part of a buffer over all gates; one over its own stays as it is."""
+        return buffer if buffer.shape == self.scores.shape else buffer[self.own]
+
+    def whole(self, part: Tensor) -> Tensor:
+        """A buffer over all gates, on every process, of which each has its part."""
+        return self._group.whole(part, len(self.weight))
+
+    def to_first(self, part: Tensor) -> Tensor:
+        """The same on the first process alone; the others keep their part."""
+        return self._group.to_first(part, len(self.weight))
+
     @torch.no_grad()
     def refresh(self) -> None:
         """Compute the gated weights anew from scores, temperature and draw."""
-        for part in self._blocks():
-            weight, scores, draw = self.weight[part], self.scores[part], self._draw_from(part.start)
-            self.gated[part] = ops.gate_weight(weight, scores, self.temperature, draw, int(self.kind))
+        self.refresh_own()
+        self.spread()
 
-    def _blocks(self) -> Iterator[slice]:
-        """The flat buffers in parts, so that what is computed from them needs no memory of their size."""
-        return (slice(start, start + BLOCK) for start in range(0, len(self.weight), BLOCK))
+    @torch.no_grad()
+    def refresh_own(self) -> None:
+        """The same of this process's own gates."""
+        for part, scores in self._blocks(self.scores):
+            self.gated[part] = self._gated(part, scores)
 
-    def _draw_from(self, first: int) -> Tensor:
-        """The draw of the gates from the given one on."""
-        return self.draw + philox.make_draw(first_element=first, device=self.draw.device)
+    def spread(self) -> None:
+        """Give every process the gated weights that the others have computed."""
+        self._group.spread_(self.gated.detach())
+
+    def _gated(self, part: slice, scores: Tensor) -> Tensor:
+        draw = self.draw_from(self.draw, part.start)
+        return ops.gate_weight(self.weight[part], scores, self.temperature, draw, int(self.kind))
+
+    def _blocks(self, buffer: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        """A buffer over the own gates in blocks, so that what is computed of it needs no memory of its size.
+
+        Each with its place in the buffers over all gates.
+        """
+        starts = range(self.own.start, self.own.stop, BLOCK)
+        blocks = zip(starts, buffer.split(BLOCK), strict=False)  # an empty buffer has one block
+        return ((slice(start, start + len(block)), block) for start, block in blocks)
+
+    def draw_from(self, draw: Tensor, first: int) -> Tensor:
+        """A draw of all gates as that of the gates from the given one on."""
+        return draw + philox.make_draw(first_element=first, device=draw.device) if first else draw
 
     @torch.no_grad()
     def measure_movement(self) -> None:
-        """Measure the movement of the gates in use; afterwards the optimizer's pass keeps it up to date."""
+        """Measure the movement of the own gates in use; afterwards the optimizer's pass keeps it up to date."""
         self.movement.zero_()
-        for part in self._blocks():
-            scores, uniform = self.scores[part], None
+        for part, scores in self._blocks(self.scores):
+            uniform = None
             if self.kind.is_random:
-                uniform = philox.uniform(len(scores), self._draw_from(part.start)).to(scores.dtype)
+                uniform = philox.uniform(len(scores), self.draw_from(self.draw, part.start)).to(scores.dtype)
             self.movement += gate_movement(self.kind, scores, self.temperature, uniform).sum(dtype=torch.float64)
 
     def set_temperature(self, temperature: float) -> None:
@@ -108,8 +168,9 @@ class FlatGates:
     def pruned(self, shift: float = 0.0) -> Iterator[None]:
         """Within it the gated weights are those of the pruned network: ``w`` where ``m + shift >= 0``, else 0."""
         with torch.no_grad():
-            for part in self._blocks():
-                self.gated[part] = torch.where(self.scores[part] + shift >= 0, self.weight[part], 0)
+            for part, scores in self._blocks(self.scores):
+                self.gated[part] = torch.where(scores + shift >= 0, self.weight[part], 0)
+            self.spread()
         try:
             yield
         finally:
@@ -145,6 +206,10 @@ class GatedNetwork:
         example: a few samples, on which simplifications of the network are checked.
         granularity: "weight", or "channel": then what is gated are factors of 1 behind the non-linearities.
         where: which channel gates, see ``ffw_fast.channels``.
+        group: the processes that train it together.
+
+    Attributes:
+        gradient_sum: what sums up their gradients in every step; None for one process.
     """
 
     def __init__(
@@ -156,6 +221,7 @@ class GatedNetwork:
         example: Tensor,
         granularity: str = "weight",
         where: str | None = None,
+        group: Alone | None = None,
     ) -> None:
         frozen = copy.deepcopy(model).to(example.device).eval().requires_grad_(False)
         channels = ChannelGraph(frozen, where) if granularity == "channel" else None
@@ -168,8 +234,9 @@ class GatedNetwork:
         weights = {name: layer.weight.detach() for name, layer in layers.items()}
         if channels is not None:
             weights = {name: weights[name].new_ones(place.channels) for name, place in channels.places.items()}
-        self.gates = FlatGates(weights, kind, seed)
+        self.gates = FlatGates(weights, kind, seed, group)
         gradients = self.gates.views(self.gates.grad)
+        leaves = []
         for name, gated in self.gates.views(self.gates.gated.detach()).items():
             holder: nn.Module = layers[name]
             shape = gated.shape
@@ -179,6 +246,8 @@ class GatedNetwork:
                 replace_module(self.module, sites[name], holder)
             holder.weight = nn.Parameter(gated.view(shape))
             holder.weight.grad = gradients[name].view(shape)
+            leaves.append(holder.weight)
+        self.gradient_sum: GradientSum | None = (group or Alone()).gradient_sum(self.gates.grad, leaves)
         use_cheapest_convolutions(self.module, example)
         self._bottleneck = bottleneck
         self._features: Tensor | None = None

@@ -96,12 +96,17 @@ def half_open(kind: GateKind, scores: Iterable[Tensor], temperature: Tensor) -> 
 
     For the random kinds g is the probability that a gate is open. One number is read back from the device.
     """
-    total, count = torch.zeros((), dtype=torch.float64), 0
+    layers = list(scores)
+    return half_open_sum(kind, layers, temperature).item() / sum(score.numel() for score in layers)
+
+
+def half_open_sum(kind: GateKind, scores: Iterable[Tensor], temperature: Tensor) -> Tensor:
+    """The sum of which ``half_open`` is the mean: a float64 scalar."""
+    total = torch.zeros((), dtype=torch.float64, device=temperature.device)
     for score in scores:
         openness = _openness(kind, score, temperature)
-        total = total.to(score.device) + torch.minimum(openness, 1 - openness).sum(dtype=torch.float64)
-        count += score.numel()
-    return total.item() / count
+        total = total + torch.minimum(openness, 1 - openness).sum(dtype=torch.float64)
+    return total
 
 
 def _openness(kind: GateKind, scores: Tensor, temperature: Tensor) -> Tensor:

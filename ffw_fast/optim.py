@@ -43,6 +43,7 @@ class GatedOptimizer(torch.optim.Optimizer, ABC):
             if not self.state[gated]:
                 self.start()
             self._step(self._gates[gated], group)
+            self._gates[gated].spread()
         return loss
 
     def zero_grad(self, set_to_none: bool = False) -> None:
@@ -95,14 +96,19 @@ class GatedSGD(GatedOptimizer):
 
     def _step(self, flat: FlatGates, group: dict) -> None:
         gradient = ops.gate_weight_backward(
-            flat.gated.grad, flat.weight, flat.scores, flat.temperature, flat.draw, int(flat.kind)
+            flat.grad[flat.own],
+            flat.weight[flat.own],
+            flat.scores,
+            flat.temperature,
+            flat.draw_from(flat.draw, flat.own.start),
+            int(flat.kind),
         )
         velocity = self.state[flat.gated]["velocity"]
         velocity.mul_(group["momentum"]).add_(gradient).add_(flat.scores, alpha=group["weight_decay"])
         flat.scores.sub_(velocity, alpha=group["lr"])
         if flat.kind.is_random:
             flat.draw[1] += 1
-        flat.refresh()
+        flat.refresh_own()
 
     def start(self) -> None:
         for flat in self._gates.values():
@@ -166,19 +172,19 @@ class GatedAdam(GatedOptimizer):
             next_draw = flat.draw.clone()
             next_draw[1:2].add_(1)
         ops.gated_adam_step_(
-            flat.gated.detach(),
+            flat.gated.detach()[flat.own],
             flat.scores,
             state["exp_avg"],
             state["exp_avg_sq"],
             flat.movement,
-            flat.weight,
-            flat.gated.grad,
+            flat.weight[flat.own],
+            flat.grad[flat.own],
             flat.temperature,
             next_temperature,
             state["step"],
             lr,
-            flat.draw,
-            next_draw,
+            flat.draw_from(flat.draw, flat.own.start),
+            flat.draw_from(next_draw, flat.own.start),
             *group["betas"],
             group["eps"],
             group["weight_decay"],
@@ -187,6 +193,8 @@ class GatedAdam(GatedOptimizer):
         )
         flat.temperature.copy_(next_temperature)
         flat.draw.copy_(next_draw)
+        if annealing:
+            flat.total_(flat.movement)
 
     def start(self) -> None:
         for flat in self._gates.values():

@@ -78,6 +78,7 @@ class Request:
         vanilla_epochs: of the biased network's training; None for the published number.
         guess_bias: BISE's bias labels are what a network says that was trained for one epoch.
         without_val: BISE gets no unbiased validation set.
+        shard: as in ``ffw_fast.extract``.
     """
 
     workload: Workload
@@ -91,6 +92,7 @@ class Request:
     resume: bool = False
     guess_bias: bool = False
     without_val: bool = False
+    shard: bool = False
 
     def __post_init__(self) -> None:
         if (self.guess_bias or self.without_val) and self.extraction.get("method") != "bise":
@@ -307,6 +309,7 @@ def _extract(request: Request, task: Task, vanilla: nn.Module, progress: Progres
         task.val,
         run_dir=request.out,
         resume=request.resume,
+        shard=request.shard,
         progress=progress,
         **task.settings.as_dict(),
     )

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, Self
 
+import torch
 from torch import Tensor
 
 from ffw_fast.files import DamagedFileError, read_tensors, sync_folder, write_tensors
@@ -51,6 +52,10 @@ class Resumable(Protocol):
     """What can be checkpointed: its state is tensors, whose names and shapes never change, and a JSON record."""
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]: ...
+
+    def forms(self) -> dict[str, tuple[torch.dtype, torch.Size]]:
+        """Of the state's tensors, without asking other processes for them."""
+        ...
 
     def load_state(self, tensors: dict[str, Tensor], record: dict[str, Any]) -> None: ...
 
@@ -162,7 +167,7 @@ class RunState:
         if missing := {"identity", "record"} - texts.keys():
             raise DamagedFileError(f"{path} is no checkpoint: it has no {', '.join(sorted(missing))}")
         self._check(path, json.loads(texts["identity"]))
-        expected = {name: (tensor.dtype, tensor.shape) for name, tensor in run.state()[0].items()}
+        expected = run.forms()
         found = {name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()}
         if found != expected:
             unlike = sorted(name for name in {*found, *expected} if found.get(name) != expected.get(name))

@@ -57,6 +57,9 @@ class Notes:
     def state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         return {"half": torch.arange(3).half(), "counts": torch.arange(6).view(2, 3)}, {"epochs": 3, "best": None}
 
+    def forms(self) -> dict[str, tuple[torch.dtype, torch.Size]]:
+        return {name: (tensor.dtype, tensor.shape) for name, tensor in self.state()[0].items()}
+
     def load_state(self, tensors: dict[str, torch.Tensor], record: dict[str, Any]) -> None:
         self.read = (digest(*(tensors[name] for name in sorted(tensors))), json.dumps(record))
 

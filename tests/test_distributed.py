@@ -62,16 +62,17 @@ CASES = {
 }
 
 
-def _extract_all(rank: int, _folder: Path) -> dict[str, Any]:
-    found = {name: extract(network(), TRAIN, VAL, **arguments(**case)) for name, case in CASES.items()}
-    found["convolutions"] = _convolutions()
+def _extract_all(rank: int, _folder: Path, shard: bool = False) -> dict[str, Any]:
+    found = {name: extract(network(), TRAIN, VAL, **arguments(**case), shard=shard) for name, case in CASES.items()}
+    found["convolutions"] = _convolutions(shard=shard)
+    found["channels"] = _convolutions(shard=shard, granularity="channel")
     return {name: _facts(extraction) for name, extraction in found.items()}
 
 
-def _convolutions() -> Extraction:
+def _convolutions(**changes: Any) -> Extraction:
     train, val = toy.biased_set(50, biases=2), toy.biased_set(30, biases=2, seed=1)
     given = arguments(bottleneck=toy.BOTTLENECK, num_bias_classes=toy.CLASSES, batch_size=16)
-    return extract(toy.network(), train, val, **given)
+    return extract(toy.network(), train, val, **given | changes)
 
 
 def _facts(found: Extraction) -> dict[str, Any]:
@@ -81,25 +82,34 @@ def _facts(found: Extraction) -> dict[str, Any]:
         "train_mi": [row["train_mi"] for row in found.history],
         "temperature": [row["temperature"] for row in found.history],
         "val_mi": [row["val_mi"] for row in found.history],
+        "half_open": [row["half_open"] for row in found.history],
+        "best_scores": torch.cat([score.flatten() for score in found.best_scores.values()]),
+        "sparsity": [found.metrics["best"]["sparsity"], found.metrics["best"]["weight_sparsity"]],
+        "warnings": found.warnings,
     }
 
 
+@pytest.mark.parametrize("shard", [False, True])
 @pytest.mark.parametrize("count", [2, 3])
-def test_several_processes_find_the_same_scores_as_one(count, tmp_path):
+def test_several_processes_find_the_same_scores_as_one(count, shard, tmp_path):
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     alone = _extract_all(0, tmp_path)
     torch.set_num_threads(threads)
-    together = on_processes(count, _extract_all, tmp_path)
+    together = on_processes(count, _extract_all, tmp_path, shard)
     for name, expected in alone.items():
         for found in together:
-            assert torch.equal(found[name]["scores"], together[0][name]["scores"]), "all processes agree to the bit"
+            for scores in ("scores", "best_scores"):
+                assert torch.equal(found[name][scores], together[0][name][scores]), "all processes agree to the bit"
         found = together[0][name]
         assert (expected["scores"].abs().max() > 1e-4), "gates moved"
         torch.testing.assert_close(found["scores"], expected["scores"], rtol=1e-3, atol=1e-5)
         assert ((found["scores"] >= 0) == (expected["scores"] >= 0)).float().mean() >= 0.995
-        for column in ("loss", "train_mi", "temperature", "val_mi"):
+        torch.testing.assert_close(found["best_scores"], expected["best_scores"], rtol=1e-3, atol=1e-5)
+        for column in ("loss", "train_mi", "temperature", "val_mi", "half_open"):
             assert found[column] == pytest.approx(expected[column], rel=1e-3), (name, column)
+        assert found["sparsity"] == pytest.approx(expected["sparsity"], abs=0.005)
+        assert found["warnings"] == expected["warnings"]
 
 
 # The objective ---
@@ -117,14 +127,16 @@ def _minibatch(count: int) -> tuple[torch.Tensor, ...]:
 
 def _gradient(group: Any, x: torch.Tensor, y: torch.Tensor, b: torch.Tensor, task: Any, head: Any) -> Any:
     weight = torch.eye(FEATURES, dtype=torch.float64).requires_grad_()
+    weight.grad = torch.zeros_like(weight)
+    total = group.gradient_sum(weight.grad.view(-1), [weight])
     features = x @ weight
     head_logits = (features @ head).view(-1, HEADS, CLASSES)
     logits = features @ task
     losses, *gradients = group.objective(logits, y, head_logits, b, 0.7, 3.0)
     torch.autograd.backward((logits, head_logits), gradients)
-    gradient = weight.grad.clone()
-    group.sum_(gradient)
-    return losses, gradient
+    if total is not None:
+        total.finish()
+    return losses, weight.grad
 
 
 def _objectives(rank: int, _folder: Path) -> list[Any]:
@@ -201,17 +213,18 @@ class Notes(Progress):
         self.seen += [text] if text else []
 
 
-def _interrupted(rank: int, folder: Path, epochs: int, resume: bool) -> dict[str, Any]:
+def _interrupted(rank: int, folder: Path, epochs: int, resume: bool, shard: bool = False) -> dict[str, Any]:
     notes = Notes()
     given = arguments(schedule="adaptive", anneal_rate=1e-2, max_epochs=epochs, progress=notes)
-    found = extract(network(), TRAIN, VAL, **given, run_dir=folder / "run", resume=resume)
+    found = extract(network(), TRAIN, VAL, **given, run_dir=folder / "run", resume=resume, shard=shard)
     return {**_facts(found), "notes": notes.seen}
 
 
 def test_a_run_goes_on_with_another_number_of_processes(tmp_path):
-    on_processes(3, _interrupted, tmp_path, 2, False)
-    resumed, other = on_processes(2, _interrupted, tmp_path, 4, True)
-    assert [note[:37] for note in resumed["notes"]] == ["goes on with 2 processes where 3 were"]
+    on_processes(3, _interrupted, tmp_path, 2, False, True)
+    on_processes(2, _interrupted, tmp_path, 3, True, False)
+    resumed, other = on_processes(2, _interrupted, tmp_path, 4, True, True)
+    assert resumed["notes"] == []
     assert other["notes"] == [], "one process speaks"
     straight = _facts(extract(network(), TRAIN, VAL, **arguments(schedule="adaptive", anneal_rate=1e-2, max_epochs=4)))
     torch.testing.assert_close(resumed["scores"], straight["scores"], rtol=1e-3, atol=1e-5)
@@ -224,7 +237,7 @@ def test_a_run_goes_on_with_another_number_of_processes(tmp_path):
 def _left_alone(rank: int, folder: str) -> None:
     dist.init_process_group("gloo", store=dist.FileStore(f"{folder}/store", 3), rank=rank, world_size=3)
     group, tensor = Group(), torch.ones(3)
-    group.sum_(tensor)
+    group._all_reduce(tensor)
     if rank == 1:
         os.kill(os.getpid(), signal.SIGKILL)
     with pytest.raises(ProcessLost) as caught:
@@ -235,7 +248,7 @@ def _left_alone(rank: int, folder: str) -> None:
 
 def _sum_for_ever(group: Group, tensor: torch.Tensor) -> None:
     while True:
-        group.sum_(tensor)
+        group._all_reduce(tensor)
 
 
 def test_the_others_name_a_process_that_was_killed(tmp_path):
