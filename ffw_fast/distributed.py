@@ -396,10 +396,13 @@ class ShardedGroup(Group):
         return part
 
     def spread_(self, buffer: Tensor) -> None:
-        slices = enumerate(self._slices(len(buffer)))
-        ends = [self._started(dist.broadcast, buffer[own], owner) for owner, own in slices if len(buffer[own])]
-        for end in ends:
-            end()
+        """One message to and from each: with gloo a fourth of the time of its own gather."""
+        parts = [buffer[own] for own in self._slices(len(buffer))]
+        own = [dist.P2POp(dist.isend, parts[self.rank], other) for other in self._others() if len(parts[self.rank])]
+        theirs = [dist.P2POp(dist.irecv, parts[other], other) for other in self._others() if len(parts[other])]
+        with self._naming_the_lost():
+            for work in dist.batch_isend_irecv([*own, *theirs]):
+                work.wait()
 
     def whole(self, part: Tensor, gates: int) -> Tensor:
         buffer = part.new_empty(gates)
@@ -428,6 +431,9 @@ class ShardedGroup(Group):
             if len(part):
                 ends.append(self._started(dist.reduce, part, owner))
         return ends
+
+    def _others(self) -> list[int]:
+        return [rank for rank in range(self.count) if rank != self.rank]
 
     def _slices(self, gates: int) -> list[slice]:
         """Every process's own of so many gates."""
