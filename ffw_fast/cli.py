@@ -362,7 +362,8 @@ def _run(options: argparse.Namespace) -> int:
     request = _request(options)
     workload = request.workload
     if options.vanilla_only:
-        prepare_vanilla(request, make_progress(not options.quiet))
+        if is_first():
+            prepare_vanilla(request, make_progress(not options.quiet))
         return 0
     with started_by_torchrun(request.device) as device:
         metrics = run_workload(replace(request, device=device), make_progress(is_first() and not options.quiet))

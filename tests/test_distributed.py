@@ -11,18 +11,26 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from hypothesis import given
+from hypothesis import strategies as st
 
-from ffw_fast.distributed import Group, ProcessLost, processes
+from ffw_fast.cli import main
+from ffw_fast.distributed import ALIGNMENT, Alone, GradientSum, Group, ProcessLost, ShardedGroup, processes
 from ffw_fast.extract import extract
 from ffw_fast.extraction import Extraction
+from ffw_fast.gated_network import FlatGates
+from ffw_fast.gates import GateKind
 from ffw_fast.objective import objective
+from ffw_fast.optim import GatedAdam
 from ffw_fast.progress import Progress
 from tests import toy
+from tests.data.conftest import write_mnist
 from tests.tiny import arguments, network, samples
 
 PRELOADED = ["torch._dynamo", "ffw_fast"]  # imported once for all processes
@@ -167,6 +175,84 @@ def test_the_mean_of_the_parts_information_is_another_number():
     assert torch.stack(parts).mean() > 1.2 * whole, "small batches bias it upward"
 
 
+# The gradient in pieces, and shares of the gates ---
+
+
+@pytest.mark.parametrize("used", [(True, True, True, True), (True, False, True, True), (False, False, False, True)])
+def test_the_gradient_is_sent_whole_and_in_one_order_whatever_the_backward_pass_reaches(used, monkeypatch):
+    monkeypatch.setattr("ffw_fast.distributed.PIECE", 50)
+    gradient = torch.zeros(160)
+    weights = [torch.ones(40, requires_grad=True) for _ in range(4)]
+    for weight, view in zip(weights, gradient.split(40), strict=True):
+        weight.grad = view
+    sent, ended = [], []
+
+    def send(piece: slice) -> list[Callable[[], object]]:
+        sent.append((piece.start, piece.stop, gradient[piece].clone()))
+        return [lambda: ended.append(piece)]
+
+    total = GradientSum(send=send, gradient=gradient, weights=weights)
+    for step in (1, 2):
+        gradient.zero_()
+        sent.clear()
+        sum(step * weight.sum() for weight, is_used in zip(weights, used, strict=True) if is_used).backward()
+        total.finish()
+        assert [(start, stop) for start, stop, _ in sent] == [(80, 160), (0, 80)]
+        assert torch.equal(torch.cat([content for *_, content in reversed(sent)]), gradient), "whole when it is sent"
+        assert len(ended) == 2 * step
+        assert gradient.view(4, 40)[:, 0].tolist() == [step * is_used for is_used in used]
+
+
+@given(st.integers(1, 2000), st.integers(2, 70))
+def test_slices_cover_all_gates_and_begin_at_multiples(gates, count):
+    group = object.__new__(ShardedGroup)
+    group.count = count
+    slices = group._slices(gates)
+    assert len(slices) == count
+    assert [index for part in slices for index in range(gates)[part]] == list(range(gates))
+    assert all(part.start % ALIGNMENT == 0 or part.start == part.stop for part in slices)
+    sizes = [part.stop - part.start for part in slices]
+    assert max(sizes) - min(sizes) < 2 * ALIGNMENT
+
+
+class _OneOf(Alone):
+    """A process that has a slice of the gates, without the others."""
+
+    def __init__(self, own: slice) -> None:
+        self._own = own
+
+    def own(self, gates: int) -> slice:
+        return self._own
+
+
+@pytest.mark.parametrize("kind", list(GateKind))
+def test_shares_of_the_gates_take_the_steps_of_the_whole(kind):
+    source = torch.Generator().manual_seed(1)
+    weights = {"a": torch.randn(5, 7, generator=source), "b": torch.randn(40, generator=source)}
+    whole = FlatGates(weights, kind, seed=3)
+    slices = [slice(0, 0), slice(0, 32), slice(32, 80), slice(80, len(whole.weight))]
+    shares = [FlatGates(weights, kind, seed=3, group=_OneOf(own)) for own in slices]
+    annealed = None if kind is GateKind.HARD else 1e-3
+    optimizers = [GatedAdam(gates, lr=0.1, anneal_rate=annealed) for gates in (whole, *shares)]
+    for _ in range(3):
+        gradient = torch.randn(whole.grad.shape, generator=source)
+        assert sum(share.movement.item() for share in shares) == pytest.approx(whole.movement.item())
+        for share in shares:
+            share.movement.copy_(whole.movement)  # as the group adds it up
+        for gates, optimizer in zip((whole, *shares), optimizers, strict=True):
+            gates.grad.copy_(gradient)
+            optimizer.step()
+        for share in shares:
+            assert torch.equal(share.scores, whole.scores[share.own])
+            assert torch.equal(share.gated[share.own], whole.gated[share.own])
+            assert share.temperature == whole.temperature
+        for name, part in whole.parts(whole.scores).items():
+            assert torch.equal(torch.cat([share.parts(share.scores)[name] for share in shares]), part)
+            assert len(part) == weights[name].numel()
+    assert whole.sparsity() == pytest.approx(sum(share.sparsity() for share in shares))
+    assert whole.half_open() == pytest.approx(sum(share.half_open() for share in shares))
+
+
 # Bad input: one clear error, no hang ---
 
 
@@ -181,6 +267,9 @@ def _refused(rank: int, _folder: Path) -> list[str]:
         lambda: extract(network(), TRAIN, VAL, **arguments(gamma=3.0 + rank)),
         lambda: extract(network(seed=rank), TRAIN, VAL, **arguments()),
         lambda: extract(network(), bad, VAL, **arguments()),
+        lambda: extract(network(), TRAIN, VAL, **arguments(), shard=rank == 1),
+        lambda: extract(network(), TRAIN, VAL, **arguments(), method="bise"),
+        lambda: _on_another_device(rank),
     ]
     messages = []
     for attempt in attempts:
@@ -190,14 +279,51 @@ def _refused(rank: int, _folder: Path) -> list[str]:
     return messages
 
 
+def _on_another_device(rank: int) -> None:
+    facts = {"device": ("cpu", "cuda")[rank], "threads": 1 + rank}
+    with mock.patch("ffw_fast.extract.computing", return_value=facts):
+        extract(network(), TRAIN, VAL, **arguments())
+
+
 def test_what_does_not_fit_together_is_refused_on_all_processes(tmp_path):
-    batch, data, gamma, weights, nan = zip(*on_processes(2, _refused, tmp_path), strict=True)
+    found = zip(*on_processes(2, _refused, tmp_path), strict=True)
+    batch, data, gamma, weights, nan, shard, bise, device = found
     assert set(batch) == {"batch_size must be at least the number of processes, 2, got 1"}
     assert all(re.search("differ: data is .* on rank 0 and .* on rank 1", text) for text in data)
     assert set(gamma) == {"the processes of the group differ: gamma is 3.0 on rank 0 and 4.0 on rank 1"}
     assert all("weights is" in text for text in weights)
     assert all("NaN or inf, first in sample 3" in text for text in nan)
     assert nan[0].startswith("on rank 1: ")
+    assert set(shard) == {"the processes of the group differ: shard is False on rank 0 and True on rank 1"}
+    assert set(bise) == {"method 'bise' runs on one process, not on 2; 'ffw' runs on several"}
+    both = "device is 'cpu' on rank 0 and 'cuda' on rank 1; threads is 1 on rank 0 and 2 on rank 1"
+    assert set(device) == {f"the processes of the group differ: {both}"}
+
+
+def test_the_first_process_alone_trains_a_biased_network(tmp_path, monkeypatch):
+    digits, out = tmp_path / "digits", tmp_path / "run"
+    digits.mkdir()
+    write_mnist(digits, train=60, test=60)
+    command = ["run", "multi-color-mnist", "--data-dir", str(digits), "--train-size", "60", "--out", str(out)]
+    for name, value in {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}.items():
+        monkeypatch.setenv(name, value)
+    for rank in (1, 0):
+        monkeypatch.setenv("RANK", str(rank))
+        assert main([*command, "--vanilla-epochs", "1", "--vanilla-only", "--quiet"]) == 0
+        assert (out / "vanilla.safetensors").exists() == (rank == 0)
+
+
+def test_an_error_is_told_once(tmp_path, monkeypatch, capsys):
+    for name, value in {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}.items():
+        monkeypatch.setenv(name, value)
+    said = []
+    for rank in (0, 1):
+        monkeypatch.setenv("RANK", str(rank))
+        assert main(["run", "multi-color-mnist", "--out", str(tmp_path), "--device", "cuda:1"]) == 2
+        said += capsys.readouterr().err.splitlines()
+    assert said == [
+        "ffw-fast: error: on several processes each has a GPU of its own: give --device cuda, not cuda:1"
+    ]
 
 
 # Checkpoints ---
@@ -236,19 +362,22 @@ def test_a_run_goes_on_with_another_number_of_processes(tmp_path):
 
 def _left_alone(rank: int, folder: str) -> None:
     dist.init_process_group("gloo", store=dist.FileStore(f"{folder}/store", 3), rank=rank, world_size=3)
-    group, tensor = Group(), torch.ones(3)
-    group._all_reduce(tensor)
+    group, weight = Group(), torch.zeros(3, requires_grad=True)
+    weight.grad = torch.zeros(3)
+    total = group.gradient_sum(weight.grad, [weight])
+    _take_steps(weight, total, 1)
     if rank == 1:
         os.kill(os.getpid(), signal.SIGKILL)
     with pytest.raises(ProcessLost) as caught:
-        _sum_for_ever(group, tensor)
+        _take_steps(weight, total, 10**9)
     Path(folder, f"said-{rank}").write_text(str(caught.value))
     os._exit(0)  # a group that has lost a member does not end well
 
 
-def _sum_for_ever(group: Group, tensor: torch.Tensor) -> None:
-    while True:
-        group._all_reduce(tensor)
+def _take_steps(weight: torch.Tensor, total: GradientSum, count: int) -> None:
+    for _ in range(count):
+        weight.sum().backward()  # sends the gradient
+        total.finish()
 
 
 def test_the_others_name_a_process_that_was_killed(tmp_path):
