@@ -113,6 +113,8 @@ def measure(options: argparse.Namespace, group: Alone, meter: Meter) -> dict[str
     loop.heads.step = meter.timed(HEADS, loop.heads.step)  # type: ignore[method-assign]
     if (gradient_sum := loop.network.gradient_sum) is not None:
         gradient_sum.finish = meter.timed(f"  {GRADIENT}", gradient_sum.finish)  # type: ignore[method-assign]
+        if options.late:
+            gradient_sum._filled = lambda _piece: None  # type: ignore[method-assign]
     loop.heads.epochs_a_fit = HEAD_EPOCHS
     loop._step(*next(loop._batches()))  # libraries choose kernels and take memory in it
     steps: list[dict[str, float]] = []
@@ -242,6 +244,7 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--rounds", type=int, default=1, help="of all, in turn (default: 1); the best counts")
     parser.add_argument("--link", metavar="RATE", help="between two simulated hosts, as in tc: 1gbit")
     parser.add_argument("--shard", action="store_true", help="each process keeps the state of its own gates alone")
+    parser.add_argument("--late", action="store_true", help="send the gradient after the backward pass, to compare")
     parser.add_argument("--member", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.member:

@@ -43,6 +43,7 @@ def extract(
     device: torch.device | str | None = None,
     run_dir: str | None = None,
     resume: bool = False,
+    shard: bool = False,
     progress: bool | Progress = True,
     quirks: bool = False,
     **settings: Any,
@@ -51,6 +52,7 @@ def extract(
 
     Args:
         run_dir: the result is saved there at the end. There are no checkpoints, so ``resume`` is refused.
+        shard: without effect, since this runs on one process.
         quirks: measure the MI that drives the temperature against the target label, as the published code does where
             it pairs a head's output with ``labels[i]`` instead of ``labels[1 + i]``. BISE has no such code.
     """
