@@ -55,7 +55,7 @@ class Resumable(Protocol):
 
     def forms(self) -> dict[str, tuple[torch.dtype, torch.Size]]:
         """Of the state's tensors, without asking other processes for them."""
-        ...
+        return {name: (tensor.dtype, tensor.shape) for name, tensor in self.state()[0].items()}
 
     def load_state(self, tensors: dict[str, Tensor], record: dict[str, Any]) -> None: ...
 

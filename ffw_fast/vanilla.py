@@ -17,7 +17,7 @@ from ffw_fast.data.pixels import Pixels
 from ffw_fast.data.samples import Samples
 from ffw_fast.files import DamagedFileError
 from ffw_fast.gated_network import EVALUATION_BATCH
-from ffw_fast.run_state import OtherRunError, RunState
+from ffw_fast.run_state import OtherRunError, Resumable, RunState
 from ffw_fast.seeding import epoch_order, seeded_generator
 
 PATIENCE = 10  # epochs without a new lowest validation loss, of the "plateau" schedule
@@ -146,7 +146,7 @@ def _goes_on(training: "_Training", state: RunState) -> bool:
         return False
 
 
-class _Training:
+class _Training(Resumable):
     """A training under way: the network, its optimizer, and how far they are."""
 
     def __init__(

@@ -25,7 +25,7 @@ from ffw_fast.data.digits import read_idx
 from ffw_fast.extract import extract
 from ffw_fast.extraction import BEST_SCORES, CONFIG, HISTORY, METRICS, SCORES, Extraction
 from ffw_fast.files import digest
-from ffw_fast.run_state import CHECKPOINT, RunState
+from ffw_fast.run_state import CHECKPOINT, Resumable, RunState
 from tests.tiny import arguments, network, samples
 
 EXTREMES = [b"\xff" * 8, b"\0" * 8, b"\x7f" + b"\xff" * 7, b"NaN", b"-1", b"1e999", b"null", b"../../x", b'"', b"["]
@@ -48,7 +48,7 @@ class Kind:
     checked: bool
 
 
-class Notes:
+class Notes(Resumable):
     """Something small that can be checkpointed."""
 
     def __init__(self) -> None:
@@ -56,9 +56,6 @@ class Notes:
 
     def state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         return {"half": torch.arange(3).half(), "counts": torch.arange(6).view(2, 3)}, {"epochs": 3, "best": None}
-
-    def forms(self) -> dict[str, tuple[torch.dtype, torch.Size]]:
-        return {name: (tensor.dtype, tensor.shape) for name, tensor in self.state()[0].items()}
 
     def load_state(self, tensors: dict[str, torch.Tensor], record: dict[str, Any]) -> None:
         self.read = (digest(*(tensors[name] for name in sorted(tensors))), json.dumps(record))

@@ -16,7 +16,7 @@ from ffw_fast import heads, run_state, schedule
 from ffw_fast.extract import extract
 from ffw_fast.files import digest, write_tensors
 from ffw_fast.progress import Progress
-from ffw_fast.run_state import CHECKPOINT, PREVIOUS, RunState
+from ffw_fast.run_state import CHECKPOINT, PREVIOUS, Resumable, RunState
 from ffw_fast.version import __version__
 from tests.tiny import arguments, network, samples
 
@@ -155,7 +155,7 @@ def test_a_run_of_another_model_is_refused(tmp_path):
 # files ---------------------------------------------------------------------------------------------------------------
 
 
-class Notes:
+class Notes(Resumable):
     """Something small that can be checkpointed."""
 
     def __init__(self, epochs: int = 3) -> None:
@@ -166,9 +166,6 @@ class Notes:
     def state(self):
         tensors = {"half": torch.arange(3).half(), "counts": torch.arange(6).view(2, 3).T, "one": torch.tensor(2.5)}
         return tensors, {"epochs": self.epochs, "best": None, "losses": [0.1, float("inf")]}
-
-    def forms(self):
-        return {name: (tensor.dtype, tensor.shape) for name, tensor in self.state()[0].items()}
 
     def load_state(self, tensors, record):
         self.tensors, self.record = tensors, record
