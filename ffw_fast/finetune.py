@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ffw_fast.bise import BiasedObjective
+from ffw_fast.convolutions import cheapest_convolutions
 from ffw_fast.data.samples import Inputs, Samples
 from ffw_fast.gated_network import EVALUATION_BATCH, bottleneck_module
 from ffw_fast.heads import PrivateHeads
@@ -69,30 +70,31 @@ def finetune(
         device=device,
     )
     reader = _Reader(network, settings.bottleneck)
-    best, best_accuracy = copy.deepcopy(network.state_dict()), reader.accuracy(val)
     biased = None
     if settings.method == "bise":
         _features, logits = reader(train.x[:1])
         biased = BiasedObjective.from_settings(settings, train, logits.shape[1])
-    for epoch in range(epochs):
-        if gamma > 0:
-            heads.fit_on(train, reader.features)
-        rows = epoch_order(len(train.y), settings.seed, FINETUNE_EPOCHS, epoch)
-        for x, y, b in train.batches(rows, settings.batch_size):
-            optimizer.zero_grad()
-            features, logits = reader(x)
-            head_logits = heads.logits(features.detach())
-            if biased is not None:
-                found = replace(biased, gamma=gamma)(logits, y, head_logits, b)
-            else:
-                found = objective(logits, y, head_logits, b, settings.alpha, gamma)
-            found.backward(logits, features, heads)
-            optimizer.step()
-            if gamma > 0:  # after the backward pass, which reads the heads as they were
-                heads.step(features, b)
-        reached = reader.accuracy(val)
-        if reached > best_accuracy or not val_is_given:
-            best, best_accuracy = copy.deepcopy(network.state_dict()), reached
+    with cheapest_convolutions(network, train.x[:2]):
+        best, best_accuracy = copy.deepcopy(network.state_dict()), reader.accuracy(val)
+        for epoch in range(epochs):
+            if gamma > 0:
+                heads.fit_on(train, reader.features)
+            rows = epoch_order(len(train.y), settings.seed, FINETUNE_EPOCHS, epoch)
+            for x, y, b in train.batches(rows, settings.batch_size):
+                optimizer.zero_grad()
+                features, logits = reader(x)
+                head_logits = heads.logits(features.detach())
+                if biased is not None:
+                    found = replace(biased, gamma=gamma)(logits, y, head_logits, b)
+                else:
+                    found = objective(logits, y, head_logits, b, settings.alpha, gamma)
+                found.backward(logits, features, heads)
+                optimizer.step()
+                if gamma > 0:  # after the backward pass, which reads the heads as they were
+                    heads.step(features, b)
+            reached = reader.accuracy(val)
+            if reached > best_accuracy or not val_is_given:
+                best, best_accuracy = copy.deepcopy(network.state_dict()), reached
     network.load_state_dict(best)
     reader.close()
     return network.requires_grad_(True)

@@ -21,6 +21,7 @@ from ffw_fast import own
 from ffw_fast.attribution import explain
 from ffw_fast.backend import backend_info
 from ffw_fast.bise import guessing_network, with_guessed_bias
+from ffw_fast.convolutions import cheapest_convolutions
 from ffw_fast.data.datasets import stream_note
 from ffw_fast.data.samples import Inputs, Samples, Splits
 from ffw_fast.distributed import Alone, processes
@@ -562,11 +563,12 @@ def leakage(
     """
     device = next(network.parameters()).device
     train, test = train.to(device), test.to(device)
-    logits, test_features = _outputs(network, bottleneck, test.x)
-    heads = PrivateHeads.create(
-        train.b.shape[1], num_bias_classes, test_features.shape[1], seed=seed, batch_size=batch_size, device=device
-    )
-    heads.fit_on(train, lambda x: _outputs(network, bottleneck, x)[1])
+    with cheapest_convolutions(network, test.x[:2]):
+        logits, test_features = _outputs(network, bottleneck, test.x)
+        heads = PrivateHeads.create(
+            train.b.shape[1], num_bias_classes, test_features.shape[1], seed=seed, batch_size=batch_size, device=device
+        )
+        heads.fit_on(train, lambda x: _outputs(network, bottleneck, x)[1])
     head_logits = heads.logits(test_features)
     predictions, biases = logits.argmax(1).cpu(), test.b.cpu()
     groups = evaluate_predictions(predictions, test.y.cpu(), biases)
