@@ -205,6 +205,34 @@ def mutual_information(samples: int, biases: int, classes: int, mode: str) -> Wo
     return Work(run, 0, passes * size_of(logits) + size_of(labels))
 
 
+def objective(samples: int, biases: int, classes: int) -> Work:
+    """Losses of a minibatch and the gradient of J by both kinds of logits, as FFW weighs them."""
+    alpha, gamma = 1.0, 10.0
+    logits = torch.randn(samples, classes, requires_grad=True)
+    head_logits = torch.randn(samples, biases, classes, requires_grad=True)
+    labels, bias_labels = torch.randint(classes, (samples,)), torch.randint(classes, (samples, biases))
+
+    def losses() -> tuple[Tensor, Tensor, Tensor]:
+        task = cross_entropy(logits, labels)
+        information = ops.joint_information(ops.joint_distribution(head_logits, bias_labels)).mean()
+        return alpha * task + gamma * information, task, information
+
+    def with_gradient(found: tuple[Tensor, Tensor, Tensor]) -> list[Tensor]:
+        return [torch.stack(found).detach(), *torch.autograd.grad(found[0], (logits, head_logits))]
+
+    def ours() -> list[Tensor]:
+        given = (logits.detach(), labels, head_logits.detach(), bias_labels)
+        return list(ops.objective(*given, None, None, alpha, gamma, 1 / biases))
+
+    compiled = torch.compile(losses)
+    run: dict[str, Run] = {
+        "ffw_fast": ours,
+        "eager": lambda: with_gradient(losses()),
+        "compile": lambda: with_gradient(compiled()),
+    }
+    return Work(run, 0, 3 * (size_of(logits) + size_of(head_logits)) + size_of(labels) + size_of(bias_labels))
+
+
 def fit_linear_head(samples: int, width: int, biases: int, classes: int, batch_size: int) -> Work:
     """One epoch of all heads, against a loop over minibatches with autograd and ``torch.optim.SGD``."""
     features, labels = torch.randn(samples, width), torch.randint(classes, (samples, biases))
@@ -365,6 +393,7 @@ def cases(jobs: Iterable[Job]) -> list[Case]:
         for mode in ("forward", "both"):
             logits = (job.batch_size, job.biases, job.classes)
             add("mutual_information", mode, f"{job.batch_size} samples, {head}", mutual_information, *logits, mode)
+        add("objective", "both", f"{job.batch_size} samples, {head}", objective, *logits)
         sizes = (job.train, feature_width(job, model), job.biases, job.classes, job.batch_size)
         add("fit_linear_head_", "epoch", f"{sizes[0]}x{sizes[1]}, {head}", fit_linear_head, *sizes)
         for layer in layers_of(job):
