@@ -228,17 +228,22 @@ class Group(Alone):
     def objective(
         self, logits: Tensor, labels: Tensor, head_logits: Tensor, bias_labels: Tensor, alpha: float, gamma: float
     ) -> Objective:
-        rows = self._share(len(labels))
-        logits, head_logits = logits.detach().requires_grad_(), head_logits.detach().requires_grad_()
-        own = torch.nn.functional.cross_entropy(logits, labels[rows], reduction="sum")
-        weight = float(self._size(len(labels), self.rank) > 0)  # 0: it computes a sample that is another's
-        information, cross_entropy = _WholeMinibatch.apply(
-            head_logits, bias_labels[rows], own, weight, len(labels), self._all_reduce
-        )
-        information = information.mean()
-        total = alpha * cross_entropy + gamma * information
-        losses = torch.stack([total, cross_entropy, information]).detach()
-        return Objective(losses, *torch.autograd.grad(total, (logits, head_logits)))
+        count, own = len(labels), self._share(len(labels))
+        weight = float(self._size(count, self.rank) > 0)  # 0: it computes a sample that is another's
+        logits, head_logits, labels, bias_labels = logits.detach(), head_logits.detach(), labels[own], bias_labels[own]
+        _information, joint = ops.mutual_information(head_logits, bias_labels)
+        cross_entropy = torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
+        message = torch.cat([(joint * len(labels)).flatten(), cross_entropy.reshape(1)]) * weight
+        self._all_reduce(message)
+        joint = message[:-1].view_as(joint).clamp_min(ops.JOINT_FLOOR) / count
+        information, cross_entropy = ops.joint_information(joint).mean(), message[-1] / count
+        losses = torch.stack([alpha * cross_entropy + gamma * information, cross_entropy, information])
+        by_logits = torch.softmax(logits, 1)
+        by_logits[torch.arange(len(labels), device=labels.device), labels] -= 1
+        # the operator takes the mean over its own rows, and J is the mean over all
+        slope = joint.new_full(joint.shape[:1], gamma / len(joint) * weight * len(labels) / count)
+        by_head_logits = ops.mutual_information_backward(slope, head_logits, bias_labels, joint)
+        return Objective(losses, by_logits * (alpha * weight / count), by_head_logits)
 
     def total_(self, part: Tensor) -> Tensor:
         self.copy_(part)  # each has counted all
@@ -353,36 +358,6 @@ class Group(Alone):
             return f"a message between the {self.count} processes was lost, though all live"
         named = f"rank {missing[0]} is" if len(missing) == 1 else f"ranks {', '.join(map(str, missing))} are"
         return f"{named} gone, says rank {self.rank}"
-
-
-class _WholeMinibatch(torch.autograd.Function):
-    """MI of each head and mean cross-entropy of a minibatch of which this process has some rows."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        logits: Tensor,
-        labels: Tensor,
-        cross_entropy: Tensor,
-        weight: float,
-        count: int,
-        all_reduce: Callable[[Tensor], None],
-    ) -> tuple[Tensor, Tensor]:
-        _information, joint = ops.mutual_information(logits, labels)
-        message = torch.cat([(joint * len(logits)).flatten(), cross_entropy.reshape(1).to(joint.dtype)]) * weight
-        all_reduce(message)
-        joint = message[:-1].view_as(joint).clamp_min(ops.JOINT_FLOOR) / count
-        ctx.save_for_backward(logits, labels, joint)
-        ctx.weight, ctx.count = weight, count
-        return ops.joint_information(joint), message[-1] / count
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        logits, labels, joint = ctx.saved_tensors
-        information, cross_entropy = gradients
-        share = information * (ctx.weight * len(logits) / ctx.count)  # the operator takes the mean over its rows
-        by_logits = ops.mutual_information_backward(share, logits, labels, joint)
-        return by_logits, None, cross_entropy * (ctx.weight / ctx.count), None, None, None
 
 
 class ShardedGroup(Group):

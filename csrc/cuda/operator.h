@@ -1,6 +1,6 @@
-// What all CUDA operators do with tensors before they launch: checks, memory order, the device and its
-// current stream. PyTorch is used through its stable ABI only. Nothing here reads device
-// memory or waits for the device, so every operator can be captured in a CUDA graph.
+// What all CUDA operators do with tensors before they launch: checks, memory order, the device and its current
+// stream. PyTorch is used through its stable ABI only. Nothing here reads device memory or waits for the device, so every
+// operator can be captured in a CUDA graph.
 #pragma once
 
 #include <torch/csrc/stable/accelerator.h>
@@ -86,8 +86,8 @@ class InPlace {
   Tensor tensor_, dense_;
 };
 
-// Whether a kernel may run over the memory of all tensors (of one shape) and ignore their dimensions. Random gates number
-// their elements in the tensors' logical order.
+// Whether a kernel may run over the memory of all tensors (of one shape) and ignore their dimensions. Random gates
+// number their elements in the tensors' logical order.
 inline bool may_run_over_memory(Kind kind, std::initializer_list<const Tensor*> tensors) {
   const Tensor& first = **tensors.begin();
   return same_dense_order(tensors) && (!is_random(kind) || first.numel() == 0 || first.is_contiguous());

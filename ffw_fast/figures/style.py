@@ -93,11 +93,11 @@ def legend(axes: Axes, columns: int = 3) -> None:
     )  # fmt: skip
 
 
-def label_line(axes: Axes, y: float, text: str, x: float = 1.0, above: bool = True) -> None:
+def label_line(axes: Axes, y: float, text: str, above: bool = True) -> None:
     """A thin dashed line at y, with what it is, above it or below."""
     axes.axhline(y, color=color("muted"), linewidth=0.8, linestyle=(0, (3, 3)))
     axes.annotate(
-        text, (x, y), xycoords=("axes fraction", "data"), xytext=(0, 2 if above else -2), textcoords="offset points",
+        text, (1.0, y), xycoords=("axes fraction", "data"), xytext=(0, 2 if above else -2), textcoords="offset points",
         ha="right", va="bottom" if above else "top", fontsize=8, color=color("muted"),
     )  # fmt: skip
 
