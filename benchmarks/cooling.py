@@ -18,9 +18,9 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from ffw_fast.data import Splits
-from ffw_fast.extract import Loop
 from ffw_fast.gates import gate
 from ffw_fast.inputs import prepare
+from ffw_fast.loop import Loop
 from ffw_fast.measure import accuracy
 from ffw_fast.schedule import judging_shift
 from ffw_fast.settings import Settings

@@ -29,8 +29,8 @@ from torch.utils._pytree import tree_leaves
 
 from ffw_fast import ops, philox
 from ffw_fast.backend import backend_info
-from ffw_fast.extract import Loop
 from ffw_fast.gates import GateKind
+from ffw_fast.loop import Loop
 from ffw_fast.optim import BETAS, EPS, WEIGHT_DECAY
 from ffw_fast.summary import print_table
 

@@ -23,7 +23,7 @@ from ffw_fast.benchmarks.memory import peak_resident, resident
 from rich.table import Table
 
 from ffw_fast.data.samples import Samples
-from ffw_fast.extract import Loop
+from ffw_fast.loop import Loop
 from ffw_fast.models import MLP
 from ffw_fast.settings import Settings
 from ffw_fast.summary import print_table

@@ -30,7 +30,7 @@ from rich.table import Table
 from torch import Tensor
 
 from ffw_fast.distributed import Alone, Group, ShardedGroup
-from ffw_fast.extract import Loop
+from ffw_fast.loop import Loop
 from ffw_fast.settings import Settings
 from ffw_fast.summary import print_table
 

@@ -25,7 +25,7 @@ from rich.table import Table
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from ffw_fast.extract import Loop
+from ffw_fast.loop import Loop
 from ffw_fast.reference import Reference
 from ffw_fast.settings import Settings
 from ffw_fast.summary import print_table

@@ -19,11 +19,11 @@ from ffw_fast import bise, optim, philox
 from ffw_fast import heads as private_heads
 from ffw_fast.channels import ChannelGraph
 from ffw_fast.data.samples import Samples
-from ffw_fast.extract import GATE_EPOCHS
 from ffw_fast.extraction import Extraction, gated_tensors, masks_of, sparsity, weight_sparsity
 from ffw_fast.gated_network import bottleneck_module
 from ffw_fast.gates import GateKind, gate, gate_movement, gate_slope, half_open
 from ffw_fast.inputs import prepare
+from ffw_fast.loop import GATE_EPOCHS
 from ffw_fast.measure import Measurement, measure
 from ffw_fast.modules import flat_offsets
 from ffw_fast.ops import joint_distribution, joint_information

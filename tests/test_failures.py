@@ -5,8 +5,9 @@ import torch
 from safetensors import safe_open
 
 from ffw_fast import heads, optim
-from ffw_fast.extract import Loop, extract
+from ffw_fast.extract import extract
 from ffw_fast.failures import memory_errors_explained
+from ffw_fast.loop import Loop
 from ffw_fast.run_state import CHECKPOINT
 from tests.tiny import arguments, network, samples
 

@@ -9,7 +9,7 @@ from torch.overrides import TorchFunctionMode
 
 from ffw_fast import GATES, extract, gated_network
 from ffw_fast.data.samples import Samples
-from ffw_fast.extract import Loop
+from ffw_fast.loop import Loop
 from ffw_fast.settings import Settings
 from ffw_fast.step_graph import WARM_UP_STEPS, StepGraph
 from tests import tiny

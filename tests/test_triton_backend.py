@@ -161,7 +161,7 @@ import json, sys, torch
 import ffw_fast
 from ffw_fast import fusion, ops
 from ffw_fast.data.samples import Samples
-from ffw_fast.extract import Loop
+from ffw_fast.loop import Loop
 from ffw_fast.settings import Settings
 from tests import tiny
 info = ffw_fast.backend_info()["cpu"]
