@@ -85,7 +85,10 @@ class FlatGates:
 
     def are_finite(self) -> bool:
         """Whether all scores are."""
-        return self.total_((~self.scores.isfinite().all()).double()).item() == 0
+        bad = torch.zeros((), dtype=torch.float64, device=self.scores.device)
+        for _part, scores in self._blocks(self.scores):
+            bad += ~scores.isfinite().all()
+        return self.total_(bad).item() == 0
 
     def total_(self, part: Tensor) -> Tensor:
         """What all processes have counted of their own gates, in place."""
