@@ -42,6 +42,7 @@ from ffw_fast.workloads import WORKLOADS, Workload
 
 DEFAULT = "(default: %(default)s)"
 ERRORS = (ValueError, TypeError, OSError, ImportError, FloatingPointError, MemoryError)
+READER_GONE = 128 + 13  # the code of a process that SIGPIPE ends
 COMPACT = "compact.safetensors"
 EXTRACTION_OPTIONS = (
     "method", "gamma", "alpha", "gate", "granularity", "schedule", "anneal_rate", "max_epochs", "batch_size",
@@ -55,7 +56,10 @@ Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; the exit code: 0, 2 for an error, 130 after Ctrl-C, 143 after SIGTERM."""
+    """Run the command line; the exit code: 0, 2 for an error, 130 after Ctrl-C, 143 after SIGTERM.
+
+    141 where whoever read the output has gone, as ``head`` does.
+    """
     try:
         given = _with_workload(list(sys.argv[1:] if arguments is None else arguments))
     except (OSError, ValueError) as error:
@@ -64,7 +68,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = build_parser().parse_args(given)
     try:
         with ending_signals_raise(), _plain_warnings():
-            return options.command(options)
+            code = options.command(options)
+            sys.stdout.flush()  # where nobody reads any more it fails here, and not at exit
+            return code
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return READER_GONE
     except KeyboardInterrupt as interrupt:
         if not is_first():
             return exit_code(interrupt)

@@ -63,3 +63,12 @@ def test_an_interrupt_while_pytorch_is_imported_is_no_traceback(tmp_path):
     process.send_signal(signal.SIGINT)
     assert process.communicate(timeout=300) == ("", "ffw-fast: interrupted\n")
     assert process.returncode == 130
+
+
+@pytest.mark.skipif(os.name != "posix", reason="pipes of POSIX")
+def test_a_reader_that_has_gone_is_no_error():
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run([*ENTRY, "info"], cwd=ROOT, stdout=writer, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (141, "")
