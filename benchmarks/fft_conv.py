@@ -169,9 +169,7 @@ def main(arguments: list[str] | None = None) -> None:
     print(describe(), "compiled kernels:", backend.backend_info()["cpu"]["instruction_set"])
     print(f"batch {given.batch}, {given.size} x {given.size}, 7 x 7 kernels; direct against FFT:")
     columns_of = "ms, ratio, direct GFLOP/s"
-    print(
-        f"channels   GFLOP | forward: {columns_of} | with gradients: {columns_of} | estimate, MiB of spectra"
-    )
+    print(f"channels   GFLOP | forward: {columns_of} | with gradients: {columns_of} | estimate, MiB of spectra")
     for inputs, outputs in itertools.pairwise(CHANNELS):
         compare_layer(given.batch, given.size, inputs, outputs, given.repeats)
     compare_network(given.batch, given.size, given.repeats)

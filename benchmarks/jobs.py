@@ -35,6 +35,7 @@ JOBS = (
     Job("Multi-Color MNIST", MLP, "relu3", (3, 28, 28), 10, 2, 6000, 2000, 1320),
 )
 
+
 def _tiny_convolutions() -> nn.Module:
     layers = {"conv1": nn.Conv2d(3, 8, 7, padding=3), "relu": nn.ReLU(), "conv2": nn.Conv2d(8, 16, 3, stride=2)}
     return nn.Sequential(OrderedDict(layers, pool=nn.AdaptiveAvgPool2d(1), flatten=nn.Flatten(), fc=nn.Linear(16, 10)))

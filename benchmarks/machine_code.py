@@ -77,9 +77,7 @@ def recorded_launches() -> Iterator[list[Launch]]:
     """Within it kernels are not run; their launches gather in the list."""
     launches: list[Launch] = []
 
-    def record(
-        kernel: JITFunction, *positional: Any, grid: tuple[int, ...], warmup: bool, **named: Any
-    ) -> None:
+    def record(kernel: JITFunction, *positional: Any, grid: tuple[int, ...], warmup: bool, **named: Any) -> None:
         arguments = dict(zip(kernel.arg_names, positional, strict=False))
         arguments |= {name: value for name, value in named.items() if name in kernel.arg_names}
         options = {name: value for name, value in named.items() if name not in kernel.arg_names}
@@ -198,9 +196,7 @@ def _count(found: Counter[str], pattern: str) -> int:
 def _widest(found: Counter[str], pattern: str) -> int:
     names = [name.split(".") for name in found if re.match(pattern, name)]
     widths = {"U8": 8, "S8": 8, "U16": 16, "S16": 16, "64": 64, "128": 128}
-    return max(
-        (max((widths[part] for part in name if part in widths), default=32) for name in names), default=0
-    )
+    return max((max((widths[part] for part in name if part in widths), default=32) for name in names), default=0)
 
 
 # Budgets ----------------------------------------------------------------------------------------------------
@@ -227,9 +223,7 @@ class Budget:
     def broken_by(self, code: Code) -> list[str]:
         """What is not kept, in words."""
         pattern = self.tensor_core
-        tensor_core = bool(code.tensor_core) and all(
-            re.search(pattern or "", name) for name in code.tensor_core
-        )
+        tensor_core = bool(code.tensor_core) and all(re.search(pattern or "", name) for name in code.tensor_core)
         claims = {
             f"{code.spills} spills, {code.stack} bytes of stack": not (code.spills or code.stack),
             f"{code.subroutines} subroutines": not code.subroutines,
@@ -274,9 +268,7 @@ def check_case(case: Case, architecture: int) -> list[Result]:
         case.call()
     names = {launch.kernel.__name__ for launch in launches}
     if names != set(case.budgets):
-        raise ValueError(
-            f"{case.name} launches {sorted(names)}, budgets are given for {sorted(case.budgets)}"
-        )
+        raise ValueError(f"{case.name} launches {sorted(names)}, budgets are given for {sorted(case.budgets)}")
     results = []
     for name, launch in {launch.kernel.__name__: launch for launch in launches}.items():
         code = read_code(compile_launch(launch, architecture), architecture)
@@ -288,9 +280,7 @@ def check_case(case: Case, architecture: int) -> list[Result]:
 # Cases: layers of the networks that the package is for ------------------------------------------------------
 
 
-def _gate(
-    shape: tuple[int, ...], dtype: torch.dtype = torch.float32, scores: torch.dtype | None = None, last=False
-):
+def _gate(shape: tuple[int, ...], dtype: torch.dtype = torch.float32, scores: torch.dtype | None = None, last=False):
     weight = torch.zeros(shape, dtype=dtype)
     if last:
         weight = weight.contiguous(memory_format=torch.channels_last)
@@ -379,9 +369,7 @@ def _conv_cases() -> Iterator[Case]:
             budget = Budget(2, load_bits=narrow, store_bits=16, tensor_core=pattern)
             yield Case(
                 f"{layer}, {name}",
-                functools.partial(
-                    masked_conv2d, x, *gate, 0, bias, **settings, relu=True, precision=precision
-                ),
+                functools.partial(masked_conv2d, x, *gate, 0, bias, **settings, relu=True, precision=precision),
                 {"conv2d_kernel": budget},
             )
             yield Case(

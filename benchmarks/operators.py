@@ -284,9 +284,7 @@ def fit_linear_head(samples: int, width: int, biases: int, classes: int, batch_s
     return Work(run, flops, size_of(features, labels))
 
 
-def _head_formula(
-    features: Tensor, labels: Tensor, rows: Tensor, values: list[Tensor], buffers: list[Tensor]
-) -> None:
+def _head_formula(features: Tensor, labels: Tensor, rows: Tensor, values: list[Tensor], buffers: list[Tensor]) -> None:
     """One step as formulas, gradient included, which ``torch.compile`` takes as one graph."""
     (weight, bias), x, y = values, features[rows], labels[rows]
     error = torch.softmax(torch.einsum("nd,hkd->nhk", x, weight) + bias, dim=-1)

@@ -1,6 +1,8 @@
 """What FFW is up against: pruning by magnitude, and training on the same unbiased data in the ordinary ways."""
 
 import copy
+from collections import OrderedDict
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -8,6 +10,7 @@ from torch import Tensor, nn
 from ffw_fast.data.samples import Samples
 from ffw_fast.extraction import apply_masks
 from ffw_fast.finetune import finetune
+from ffw_fast.gated_network import EVALUATION_BATCH
 from ffw_fast.modules import maskable_layers
 from ffw_fast.settings import Settings
 
@@ -40,9 +43,41 @@ def all_weights(model: nn.Module) -> dict[str, Tensor]:
 
 
 def refit_last_layer(model: nn.Module, train: Samples, val: Samples, settings: Settings, epochs: int) -> nn.Module:
-    """DFR (Kirichenko et al., ICLR 2023): the last layer alone trained on the unbiased set, best epoch by ``val``."""
+    """DFR (Kirichenko et al., ICLR 2023): the last layer alone trained on the unbiased set, best epoch by ``val``.
+
+    What it reads is computed once, unless samples are augmented at random or its output is not yet the answer.
+    """
     name, mask = list(all_weights(model).items())[-1]
-    return finetune(model, {name: mask}, train, val, settings, epochs=epochs)
+    read = None if train.augments or val.augments else _read_by(model, name, [train, val])
+    if read is None:
+        return finetune(model, {name: mask}, train, val, settings, epochs=epochs)
+    alone = nn.Sequential(OrderedDict(last=model.get_submodule(name)))
+    train, val = read
+    fitted = finetune(alone, {"last": mask}, train, val, replace(settings, bottleneck="last"), epochs=epochs)
+    network = copy.deepcopy(model).eval().requires_grad_(True)
+    network.get_submodule(name).load_state_dict(fitted.get_submodule("last").state_dict())
+    return network
+
+
+@torch.no_grad()
+def _read_by(model: nn.Module, name: str, sets: list[Samples]) -> list[Samples] | None:
+    """What the layer reads (n, D) as samples of their own; None if it is not one linear layer that gives the answer."""
+    network = copy.deepcopy(model).eval()
+    layer = network.get_submodule(name)
+    seen: list[tuple[Tensor, Tensor]] = []
+    layer.register_forward_hook(lambda _layer, inputs, output: seen.append((inputs[0], output)))
+    device = next(network.parameters()).device
+    found = []
+    for samples in sets:
+        read = []
+        for batch in samples.x.split(EVALUATION_BATCH):
+            seen.clear()
+            logits = network(batch.to(device))
+            if type(layer) is not nn.Linear or len(seen) != 1 or seen[0][1] is not logits or seen[0][0].dim() != 2:
+                return None
+            read.append(seen[0][0])
+        found.append(samples.to(device)._replace(x=torch.cat(read)))
+    return found
 
 
 def train_on_unbiased(model: nn.Module, train: Samples, val: Samples, settings: Settings, epochs: int) -> nn.Module:

@@ -177,9 +177,7 @@ def _pack(spectrum: Tensor, multiple: int) -> Tensor:
     entries = _padded(rows * row, _ENTRY_MULTIPLE)
     flat = spectrum.real.new_zeros(frequencies, 2 * entries + _GAP)
     for part, values in enumerate((spectrum.real, spectrum.imag)):
-        flat[:, part * entries : part * entries + rows * row].view(frequencies, rows, row)[..., :columns] = (
-            values
-        )
+        flat[:, part * entries : part * entries + rows * row].view(frequencies, rows, row)[..., :columns] = values
     return flat.flatten()
 
 
@@ -261,14 +259,12 @@ def _define(schema: str, default: Any, fake: Any) -> None:
 
 
 _define(
-    "fft_conv2d(Tensor x, Tensor weight, Tensor? bias, Tensor(a!)? x_spectrum, Tensor(b!)? weight_spectrum)"
-    " -> Tensor",
+    "fft_conv2d(Tensor x, Tensor weight, Tensor? bias, Tensor(a!)? x_spectrum, Tensor(b!)? weight_spectrum) -> Tensor",
     fft_conv2d_default,
     fft_conv2d_fake,
 )
 _define(
-    "fft_conv2d_backward(Tensor grad, Tensor weight, Tensor? x_spectrum, Tensor? weight_spectrum)"
-    " -> (Tensor, Tensor)",
+    "fft_conv2d_backward(Tensor grad, Tensor weight, Tensor? x_spectrum, Tensor? weight_spectrum) -> (Tensor, Tensor)",
     fft_conv2d_backward_default,
     fft_conv2d_backward_fake,
 )

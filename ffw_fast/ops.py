@@ -413,8 +413,7 @@ def _check_logits(logits: Tensor, labels: Tensor) -> None:
     torch._check_value(
         logits.dim() == 3 and labels.shape == logits.shape[:2],
         lambda: (
-            f"expected logits (n, heads, K) and labels (n, heads), "
-            f"got {tuple(logits.shape)} and {tuple(labels.shape)}"
+            f"expected logits (n, heads, K) and labels (n, heads), got {tuple(logits.shape)} and {tuple(labels.shape)}"
         ),
     )
     torch._check_type(
@@ -423,9 +422,7 @@ def _check_logits(logits: Tensor, labels: Tensor) -> None:
     )
 
 
-def mutual_information_default(
-    logits: Tensor, labels: Tensor, counted: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+def mutual_information_default(logits: Tensor, labels: Tensor, counted: Tensor | None = None) -> tuple[Tensor, Tensor]:
     _check_logits(logits, labels)
     joint = joint_distribution(logits, labels, counted)
     return joint_information(joint), joint

@@ -311,9 +311,7 @@ class Reference:
         """Logits, head logits, and the mean MI over minibatches, in one pass over a set."""
         labels = samples.y.unsqueeze(1).expand_as(samples.b) if self.quirks else samples.b
         logits, head_logits, information = [], [], []
-        for x, b in zip(
-            samples.x.split(self.settings.batch_size), labels.split(self.settings.batch_size), strict=True
-        ):
+        for x, b in zip(samples.x.split(self.settings.batch_size), labels.split(self.settings.batch_size), strict=True):
             features, batch_logits = self.forward(x, masks)
             logits.append(batch_logits)
             head_logits.append(frozen_logits(heads, features))
@@ -424,9 +422,8 @@ def make_heads_optimizer(heads: nn.ModuleList) -> torch.optim.SGD:
 
 def frozen_logits(heads: nn.ModuleList, features: Tensor) -> Tensor:
     """Logits (n, heads, K): gradients reach the features, never the heads' own parameters."""
-    return torch.stack(
-        [features @ head.weight.detach().T + head.bias.detach() for head in heads], dim=1  # type: ignore[operator]
-    )
+    values = [[value.detach() for value in head.parameters()] for head in heads]
+    return torch.stack([features @ weight.T + bias for weight, bias in values], dim=1)
 
 
 def heads_loss(heads: nn.ModuleList, features: Tensor, b: Tensor) -> Tensor:

@@ -278,9 +278,7 @@ def extraction_task(request: Request, splits: Splits) -> Task:
     return Task(settings, train, val)
 
 
-def _extract_or_reach(
-    request: Request, task: Task, vanilla: nn.Module, progress: Progress
-) -> tuple[Extraction, bool]:
+def _extract_or_reach(request: Request, task: Task, vanilla: nn.Module, progress: Progress) -> tuple[Extraction, bool]:
     """The extraction, and whether it came to its end: after an interrupt it is what the checkpoint holds, if any."""
     settings = task.settings
     try:

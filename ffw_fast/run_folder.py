@@ -111,4 +111,3 @@ def _runs_below(path: Path) -> Iterator[RunFolder]:
     for metrics in sorted(path.rglob(METRICS)):
         if all((metrics.parent / name).is_file() for name in (CONFIG, HISTORY)):
             yield open_run(metrics.parent)
-

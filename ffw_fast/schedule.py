@@ -98,9 +98,7 @@ class HalvingSchedule:
 SCHEDULES = ("published", "adaptive", "halving")
 
 
-def make_schedule(
-    name: str, anneal_rate: float, lr: float
-) -> PublishedSchedule | AdaptiveSchedule | HalvingSchedule:
+def make_schedule(name: str, anneal_rate: float, lr: float) -> PublishedSchedule | AdaptiveSchedule | HalvingSchedule:
     """The schedule of that name, one of ``SCHEDULES``; ``lr`` is the scores'."""
     if name == "halving":
         return HalvingSchedule()

@@ -187,4 +187,3 @@ def sweep_table(rows: Sequence[Row], bias_names: Sequence[str]) -> Table:
             f"{mean(row['seconds'] for row in members):.0f}",
         )
     return table
-

@@ -90,7 +90,5 @@ class UnrolledConv2d(nn.Conv2d):
         height, width = input.shape[2:]
         known = self.__dict__.setdefault("_taps_by_size", {})
         if (height, width) not in known:
-            known[height, width] = (
-                live_taps(self, height, width) if is_worth_unrolling(self, height, width) else None
-            )
+            known[height, width] = live_taps(self, height, width) if is_worth_unrolling(self, height, width) else None
         return known[height, width]

@@ -53,8 +53,7 @@ class Recipe:
             raise ValueError(f"lr must be positive and finite, got {self.lr!r}")
         if self.batch_size < 1 or self.epochs < 0:
             raise ValueError(
-                "batch_size must be at least 1 and epochs at least 0, "
-                f"got {self.batch_size} and {self.epochs}"
+                f"batch_size must be at least 1 and epochs at least 0, got {self.batch_size} and {self.epochs}"
             )
         if not all(0 <= milestone <= 1 for milestone in self.milestones):
             raise ValueError(f"milestones must be fractions of all epochs (0 to 1), got {self.milestones}")
@@ -79,9 +78,7 @@ class Recipe:
         parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         if self.optimizer == "adam":
             return torch.optim.Adam(parameters, self.lr, weight_decay=self.weight_decay, fused=True)
-        return torch.optim.SGD(
-            parameters, self.lr, momentum=self.momentum, weight_decay=self.weight_decay, fused=True
-        )
+        return torch.optim.SGD(parameters, self.lr, momentum=self.momentum, weight_decay=self.weight_decay, fused=True)
 
 
 def train_vanilla(
@@ -120,8 +117,7 @@ def train_vanilla(
         raise ValueError(f"unknown precision {precision!r}; known: 'fp32', 'bf16'")
     if len(samples.x) != len(samples.y) or len(samples.y) == 0:
         raise ValueError(
-            "expected as many inputs as labels and at least one of each, "
-            f"got {len(samples.x)} and {len(samples.y)}"
+            f"expected as many inputs as labels and at least one of each, got {len(samples.x)} and {len(samples.y)}"
         )
     device = torch.device(device) if device is not None else next(model.parameters()).device
     training = _Training(model.to(device).train(), samples.to(device), recipe, seed, precision, val)
@@ -154,9 +150,7 @@ class _Training(Resumable):
     ) -> None:
         self.model, self.samples, self.recipe, self.seed, self.precision = model, samples, recipe, seed, precision
         self.optimizer = recipe.build_optimizer(model)
-        self.plateau = (
-            _Plateau(recipe, model, val, self.optimizer, precision) if recipe.schedule == "plateau" else None
-        )
+        self.plateau = _Plateau(recipe, model, val, self.optimizer, precision) if recipe.schedule == "plateau" else None
         self.epochs, self.loss = 0, math.nan  # done, and of the last one
 
     @property

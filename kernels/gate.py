@@ -222,12 +222,8 @@ def check_gate(weight: Tensor, scores: Tensor, temperature: Tensor, draw: Tensor
             f"got a weight of {weight.dtype} and scores of {scores.dtype}"
         )
     if weight.shape != scores.shape:
-        raise ValueError(
-            f"scores must have the weight's shape {tuple(weight.shape)}, got {tuple(scores.shape)}"
-        )
+        raise ValueError(f"scores must have the weight's shape {tuple(weight.shape)}, got {tuple(scores.shape)}")
     if temperature.numel() != 1 or temperature.dtype != torch.float32:
-        raise ValueError(
-            f"temperature must be one float32, got {temperature.dtype} of {tuple(temperature.shape)}"
-        )
+        raise ValueError(f"temperature must be one float32, got {temperature.dtype} of {tuple(temperature.shape)}")
     if draw.shape != (3,) or draw.dtype != torch.int64:
         raise ValueError(f"draw must be 3 int64 numbers, got {draw.dtype} of {tuple(draw.shape)}")

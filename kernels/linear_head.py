@@ -65,9 +65,7 @@ def head_epoch_kernel(
                     places = sample[:, None] * features_stride + d[None, :]
                     x = tl.load(features_ptr + places, mask=inside, other=0.0).to(tl.float32)  # [B, D]
                     inside = (d < width)[:, None] & (k < classes)[None, :]
-                    w = tl.load(
-                        weight_ptr + k[None, :] * width + d[:, None], mask=inside, other=0.0
-                    )  # [D, K]
+                    w = tl.load(weight_ptr + k[None, :] * width + d[:, None], mask=inside, other=0.0)  # [D, K]
                     logits = dot(x, w, logits, "ieee")
                 logits += bias[None, :]
                 label = tl.load(labels_ptr + sample * heads + head, mask=row < size, other=-1)
@@ -76,9 +74,7 @@ def head_epoch_kernel(
                 exponential = tl.where((k < classes)[None, :], decay(logits - top[:, None]), 0.0)
                 total = tl.sum(exponential, axis=1)
                 losses = logarithm(total) - tl.sum(one_hot * (logits - top[:, None]), axis=1)
-                loss, loss_remainder = _two_sum(
-                    loss, loss_remainder, tl.sum(tl.where(row < size, losses, 0.0), axis=0)
-                )
+                loss, loss_remainder = _two_sum(loss, loss_remainder, tl.sum(tl.where(row < size, losses, 0.0), axis=0))
                 error = (exponential / total[:, None] - one_hot) * inverse_size
                 error = tl.where((row < size)[:, None], error, 0.0)
                 bias_grad += tl.sum(error, axis=0)
@@ -92,9 +88,7 @@ def head_epoch_kernel(
                     row = start + tl.arange(0, BLOCK_ROWS)
                     sample = tl.load(order_ptr + batch + row, mask=row < size, other=0)
                     inside = (k < classes)[:, None] & (row < size)[None, :]
-                    error = tl.load(
-                        error_ptr + row[None, :] * classes + k[:, None], mask=inside, other=0.0
-                    )  # [K, B]
+                    error = tl.load(error_ptr + row[None, :] * classes + k[:, None], mask=inside, other=0.0)  # [K, B]
                     inside = (row < size)[:, None] & (d < width)[None, :]
                     places = sample[:, None] * features_stride + d[None, :]
                     x = tl.load(features_ptr + places, mask=inside, other=0.0).to(tl.float32)  # [B, D]
@@ -171,9 +165,7 @@ def fit_linear_head_(
     for name, tensor in state.items():
         check_shape(name, tensor, weight.shape if name.startswith("weight") else weight.shape[:2])
         if tensor.dtype != torch.float32 or not tensor.is_contiguous():
-            raise TypeError(
-                f"{name} must be contiguous float32, got {tensor.dtype} with strides {tensor.stride()}"
-            )
+            raise TypeError(f"{name} must be contiguous float32, got {tensor.dtype} with strides {tensor.stride()}")
     check_shape("features", features, (len(features), width))
     check_shape("labels", labels, (len(features), heads))
     if features.dtype not in DTYPES or labels.dtype != torch.int64 or order.dtype != torch.int64:
@@ -182,9 +174,7 @@ def fit_linear_head_(
             f"got {features.dtype}, {labels.dtype} and {order.dtype}"
         )
     if classes > MAX_CLASSES or batch_size < 1:
-        raise ValueError(
-            f"expected at most {MAX_CLASSES} classes and a batch size, got {classes} and {batch_size}"
-        )
+        raise ValueError(f"expected at most {MAX_CLASSES} classes and a batch size, got {classes} and {batch_size}")
     epochs, count = order.shape
     losses = features.new_full((epochs,), torch.nan, dtype=torch.float64)
     if not (epochs and count and heads):

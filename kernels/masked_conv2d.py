@@ -129,15 +129,11 @@ def conv2d_kernel(
         v = gated_tile(weight_ptr, scores_ptr, draw_ptr, offsets, places, inside, inverse, KIND)  # [K, N]
         accumulator = dot(patch, v, accumulator, PRECISION)
     if HAS_BIAS:
-        accumulator += tl.load(bias_ptr + group * outs + out, mask=out < outs, other=0.0).to(tl.float32)[
-            None, :
-        ]
+        accumulator += tl.load(bias_ptr + group * outs + out, mask=out < outs, other=0.0).to(tl.float32)[None, :]
     if RELU:
         accumulator = tl.where(accumulator < 0, 0.0, accumulator)  # keeps NaN
     by_image, by_channel, by_y, by_x = image_strides(groups * outs, out_height, out_width, CHANNELS_INNER)
-    offsets = (image * by_image + oh * by_y + ow * by_x)[:, None] + ((group * outs + out) * by_channel)[
-        None, :
-    ]
+    offsets = (image * by_image + oh * by_y + ow * by_x)[:, None] + ((group * outs + out) * by_channel)[None, :]
     tl.store(out_ptr + offsets, accumulator, mask=(pixel < rows)[:, None] & (out < outs)[None, :])
 
 
@@ -203,14 +199,10 @@ def conv2d_input_grad_kernel(
             ow = (reach_x // STRIDE_W)[:, None] - (tap_column * dilation_w)[None, :]
             inside = is_between(oh, out_height) & is_between(ow, out_width) & (k < depth)[None, :]
         else:
-            far_y = (
-                reach_y[:, None] - (tap_row * PHASES_H * dilation_h)[None, :]
-            )  # oh * STRIDE_H, if such oh exists
+            far_y = reach_y[:, None] - (tap_row * PHASES_H * dilation_h)[None, :]  # oh * STRIDE_H, if such oh exists
             far_x = reach_x[:, None] - (tap_column * PHASES_W * dilation_w)[None, :]
             oh, ow = far_y // STRIDE_H, far_x // STRIDE_W
-            inside = (
-                is_between(far_y, out_height * STRIDE_H) & (oh * STRIDE_H == far_y) & (k < depth)[None, :]
-            )
+            inside = is_between(far_y, out_height * STRIDE_H) & (oh * STRIDE_H == far_y) & (k < depth)[None, :]
             inside &= is_between(far_x, out_width * STRIDE_W) & (ow * STRIDE_W == far_x)
         offsets = base[:, None] + (out * by_channel)[None, :] + oh * by_y + ow * by_x
         grad = output_gradient(grad_ptr, output_ptr, offsets, inside, RELU)  # [M, K]
@@ -227,9 +219,7 @@ def conv2d_input_grad_kernel(
         v = gated_tile(weight_ptr, scores_ptr, draw_ptr, offsets, places, inside, inverse, KIND)  # [K, N]
         accumulator = dot(grad, v, accumulator, PRECISION)
     by_image, by_channel, by_y, by_x = image_strides(groups * channels, height, width, CHANNELS_INNER)
-    offsets = (image * by_image + y * by_y + x * by_x)[:, None] + ((group * channels + channel) * by_channel)[
-        None, :
-    ]
+    offsets = (image * by_image + y * by_y + x * by_x)[:, None] + ((group * channels + channel) * by_channel)[None, :]
     tl.store(x_grad_ptr + offsets, accumulator, mask=(pixel < rows)[:, None] & (channel < channels)[None, :])
 
 
@@ -293,9 +283,7 @@ def conv2d_score_grad_kernel(
         if KIND >= BERNOULLI and CHANNELS_INNER:
             places = contiguous_place(row, k[None, :], fan_in, channels)
         inverse = inverse_temperature(tl.load(temperature_ptr))
-        result = score_gradient(
-            accumulator, weight_ptr, scores_ptr, draw_ptr, offsets, places, inside, inverse, KIND
-        )
+        result = score_gradient(accumulator, weight_ptr, scores_ptr, draw_ptr, offsets, places, inside, inverse, KIND)
         tl.store(scores_grad_ptr + offsets, result, mask=inside)
 
 
@@ -333,9 +321,7 @@ class _Shape:
             for extent, pad, gap, taps, step in zip(x[2:], padding, dilation, kernel, stride, strict=True)
         ]
         if min(size) < 1:
-            raise ValueError(
-                f"the kernel of a weight {tuple(weight.shape)} is larger than the padded x {tuple(x)}"
-            )
+            raise ValueError(f"the kernel of a weight {tuple(weight.shape)} is larger than the padded x {tuple(x)}")
         return cls(tuple(x), tuple(weight.shape), (x[0], outs, *size), stride, padding, dilation, groups)
 
     @property
@@ -406,10 +392,7 @@ def masked_conv2d(
             )  # fmt: skip
 
         with torch.cuda.device_of(x):
-            launch(
-                tile
-                or choose_tile("conv", x, precision, rows, columns, launch, ("conv", shape, channels_inner))
-            )
+            launch(tile or choose_tile("conv", x, precision, rows, columns, launch, ("conv", shape, channels_inner)))
     return out
 
 
@@ -441,9 +424,7 @@ def masked_conv2d_input_grad(
     if output is not None:
         check_shape("output", output, shape.out)
     memory_format, channels_inner = _format(grad)
-    grad, weight, scores = (
-        tensor.contiguous(memory_format=memory_format) for tensor in (grad, weight, scores)
-    )
+    grad, weight, scores = (tensor.contiguous(memory_format=memory_format) for tensor in (grad, weight, scores))
     output = None if output is None else output.contiguous(memory_format=memory_format)
     out = torch.empty(shape.x, dtype=grad.dtype, device=grad.device, memory_format=memory_format)
     if not out.numel():
@@ -496,9 +477,7 @@ def masked_conv2d_score_grad(
     if output is not None:
         check_shape("output", output, shape.out)
     memory_format, channels_inner = _format(x)
-    grad, x, weight, scores = (
-        tensor.contiguous(memory_format=memory_format) for tensor in (grad, x, weight, scores)
-    )
+    grad, x, weight, scores = (tensor.contiguous(memory_format=memory_format) for tensor in (grad, x, weight, scores))
     output = None if output is None else output.contiguous(memory_format=memory_format)
     out = torch.empty_like(scores)
     if not out.numel():

@@ -77,9 +77,7 @@ def linear_input_grad_kernel(
         if WIDE:
             out = out.to(tl.int64)
         grad_inside = (row < rows)[:, None] & (out < outs)[None, :]
-        grad = output_gradient(
-            grad_ptr, output_ptr, row[:, None] * outs + out[None, :], grad_inside, RELU
-        )  # [M, O]
+        grad = output_gradient(grad_ptr, output_ptr, row[:, None] * outs + out[None, :], grad_inside, RELU)  # [M, O]
         places = out[:, None] * ins + k[None, :]
         inside = (out < outs)[:, None] & (k < ins)[None, :]
         v = gated_tile(weight_ptr, scores_ptr, draw_ptr, places, places, inside, inverse, KIND)  # [O, K]
@@ -106,9 +104,7 @@ def linear_score_grad_kernel(
         if WIDE:
             row = row.to(tl.int64)
         grad_inside = (out < outs)[:, None] & (row < last)[None, :]
-        grad = output_gradient(
-            grad_ptr, output_ptr, row[None, :] * outs + out[:, None], grad_inside, RELU
-        )  # [O, B]
+        grad = output_gradient(grad_ptr, output_ptr, row[None, :] * outs + out[:, None], grad_inside, RELU)  # [O, B]
         x_inside = (row < last)[:, None] & (k < ins)[None, :]
         x = tl.load(x_ptr + row[:, None] * x_stride + k[None, :], mask=x_inside, other=0.0)  # [B, K]
         accumulator = dot(grad, x, accumulator, PRECISION)
@@ -119,9 +115,7 @@ def linear_score_grad_kernel(
         tl.store(part + places, accumulator, mask=inside)
     else:
         inverse = inverse_temperature(tl.load(temperature_ptr))
-        result = score_gradient(
-            accumulator, weight_ptr, scores_ptr, draw_ptr, places, places, inside, inverse, KIND
-        )
+        result = score_gradient(accumulator, weight_ptr, scores_ptr, draw_ptr, places, places, inside, inverse, KIND)
         tl.store(scores_grad_ptr + places, result, mask=inside)
 
 
@@ -163,10 +157,7 @@ def masked_linear(
             )  # fmt: skip
 
         with torch.cuda.device_of(x):
-            launch(
-                tile
-                or choose_tile("linear", x, precision, len(rows), outs, launch, ("linear", *out.shape, ins))
-            )
+            launch(tile or choose_tile("linear", x, precision, len(rows), outs, launch, ("linear", *out.shape, ins)))
     return out.view(*x.shape[:-1], outs)
 
 
@@ -261,10 +252,7 @@ def masked_linear_score_grad(
             add_splits(partials, weight, scores, temperature, draw, out, kind)
 
     with torch.cuda.device_of(x):
-        launch(
-            tile
-            or choose_tile("linear", x, precision, outs, ins, launch, ("linear scores", *rows.shape, outs))
-        )
+        launch(tile or choose_tile("linear", x, precision, outs, ins, launch, ("linear scores", *rows.shape, outs)))
     return out
 
 

@@ -13,9 +13,7 @@ from ffw_fast.kernels.gate import BERNOULLI, gate_slope, gate_value, inverse_tem
 from ffw_fast.kernels.tiles import ELEMENTWISE_BLOCK, ELEMENTWISE_WARPS
 from torch import Tensor
 
-GROUP = tl.constexpr(
-    8
-)  # rows of tiles that are worked on together, so that their operands stay in the L2 cache
+GROUP = tl.constexpr(8)  # rows of tiles that are worked on together, so that their operands stay in the L2 cache
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 INT32_LIMIT = 2**31
 
@@ -138,8 +136,7 @@ def add_splits(
 def is_wide(*tensors: Tensor | None) -> bool:
     """Whether an element of one of the tensors is farther from its first than 32 bits can say."""
     return any(
-        sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-        >= INT32_LIMIT - 1
+        sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)) >= INT32_LIMIT - 1
         for tensor in tensors
         if tensor is not None and tensor.numel()
     )

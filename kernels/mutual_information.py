@@ -52,9 +52,7 @@ def mutual_information_kernel(
         row = start + tl.arange(0, BLOCK_ROWS)
         place = row.to(tl.int64) * heads + head
         inside = (row < count)[:, None] & (k < classes)[None, :]
-        logits = tl.load(logits_ptr + place[:, None] * classes + k[None, :], mask=inside, other=0.0).to(
-            tl.float32
-        )
+        logits = tl.load(logits_ptr + place[:, None] * classes + k[None, :], mask=inside, other=0.0).to(tl.float32)
         probabilities = tl.where(inside, softmax_rows(logits, (k < classes)[None, :]), 0.0)  # [rows, K]
         label = tl.load(labels_ptr + place, mask=row < count, other=-1)
         one_hot = tl.where(k[:, None] == label[None, :], 1.0, 0.0)  # [K, rows]
@@ -135,18 +133,13 @@ def mutual_information_backward(grad: Tensor, logits: Tensor, labels: Tensor, jo
 def _check(logits: Tensor, labels: Tensor) -> tuple[int, int, int]:
     if logits.dim() != 3 or labels.shape != logits.shape[:2]:
         raise ValueError(
-            f"expected logits (n, heads, K) and labels (n, heads), "
-            f"got {tuple(logits.shape)} and {tuple(labels.shape)}"
+            f"expected logits (n, heads, K) and labels (n, heads), got {tuple(logits.shape)} and {tuple(labels.shape)}"
         )
     if logits.dtype not in DTYPES or labels.dtype != torch.int64:
-        raise TypeError(
-            f"expected float32 or 16-bit logits and int64 labels, got {logits.dtype} and {labels.dtype}"
-        )
+        raise TypeError(f"expected float32 or 16-bit logits and int64 labels, got {logits.dtype} and {labels.dtype}")
     count, heads, classes = logits.shape
     if not count or not 1 <= classes <= MAX_CLASSES:
-        raise ValueError(
-            f"expected samples and at most {MAX_CLASSES} classes, got logits {tuple(logits.shape)}"
-        )
+        raise ValueError(f"expected samples and at most {MAX_CLASSES} classes, got logits {tuple(logits.shape)}")
     return count, heads, classes
 
 

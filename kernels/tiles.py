@@ -96,9 +96,7 @@ def assume_architecture(number: int) -> Iterator[None]:
 @functools.cache
 def _number_of_device(index: int) -> int:
     major, minor = torch.cuda.get_device_capability(index)
-    return max(
-        (number for number in ARCHITECTURES if number <= 10 * major + minor), default=min(ARCHITECTURES)
-    )
+    return max((number for number in ARCHITECTURES if number <= 10 * major + minor), default=min(ARCHITECTURES))
 
 
 def architecture_of(tensor: Tensor) -> Architecture:

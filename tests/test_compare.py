@@ -12,6 +12,7 @@ from ffw_fast.baselines import all_weights, magnitude_masks, prune_by_magnitude,
 from ffw_fast.cli import main
 from ffw_fast.compare import Setting, all_settings, compare
 from ffw_fast.data.samples import Samples
+from ffw_fast.finetune import finetune
 from ffw_fast.progress import Progress
 from ffw_fast.run import Request
 from ffw_fast.settings import Settings
@@ -46,6 +47,46 @@ def test_dfr_changes_the_last_layer_alone_and_helps():
     accuracy = [(one(val.x).argmax(1) == val.y).double().mean() for one in (model, refitted)]
     assert accuracy[1] > accuracy[0]
     assert all(mask.all() for mask in all_weights(model).values())
+
+
+def test_dfr_runs_what_stays_as_it_is_once_and_gives_what_training_through_it_gives(monkeypatch):
+    train, val = Samples(*biased_set(200, seed=1)), Samples(*biased_set(200, seed=2))
+    model = network()
+    settings = Settings(BOTTLENECK, CLASSES)
+    name, mask = list(all_weights(model).items())[-1]
+    through = finetune(model, {name: mask}, train, val, settings, epochs=3)
+    passes = []
+    monkeypatch.setattr(nn.Conv2d, "forward", counting(nn.Conv2d.forward, passes))
+    refitted = refit_last_layer(model, train, val, settings, epochs=3)
+    assert passes == [200] * 4, "two layers, one pass over each set"
+    torch.testing.assert_close(refitted.state_dict(), through.state_dict(), rtol=1e-4, atol=1e-6)
+    assert all(value.requires_grad for value in refitted.parameters())
+
+
+def counting(forward, passes):
+    def counted(self, x):
+        passes.append(len(x))
+        return forward(self, x)
+
+    return counted
+
+
+def test_dfr_trains_through_a_network_that_answers_with_more_than_its_last_layer():
+    class Doubled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = network()
+
+        def forward(self, x):
+            return 2 * self.inner(x)
+
+    train, val = Samples(*biased_set(200, seed=1)), Samples(*biased_set(200, seed=2))
+    model = Doubled()
+    nn.init.zeros_(model.inner.classifier.weight)
+    refitted = refit_last_layer(model, train, val, Settings(f"inner.{BOTTLENECK}", CLASSES), epochs=1)
+    before, after = model.state_dict(), refitted.state_dict()
+    changed = [name for name in before if not torch.equal(before[name], after[name])]
+    assert changed == ["inner.classifier.weight", "inner.classifier.bias"]
 
 
 def test_compare_keeps_what_is_done_and_shows_every_method(tmp_path, capsys, monkeypatch):

@@ -110,7 +110,7 @@ def test_several_processes_find_the_same_scores_as_one(count, shard, tmp_path):
             for scores in ("scores", "best_scores"):
                 assert torch.equal(found[name][scores], together[0][name][scores]), "all processes agree to the bit"
         found = together[0][name]
-        assert (expected["scores"].abs().max() > 1e-4), "gates moved"
+        assert expected["scores"].abs().max() > 1e-4, "gates moved"
         torch.testing.assert_close(found["scores"], expected["scores"], rtol=1e-3, atol=1e-5)
         assert ((found["scores"] >= 0) == (expected["scores"] >= 0)).float().mean() >= 0.995
         torch.testing.assert_close(found["best_scores"], expected["best_scores"], rtol=1e-3, atol=1e-5)
@@ -321,9 +321,7 @@ def test_an_error_is_told_once(tmp_path, monkeypatch, capsys):
         monkeypatch.setenv("RANK", str(rank))
         assert main(["run", "multi-color-mnist", "--out", str(tmp_path), "--device", "cuda:1"]) == 2
         said += capsys.readouterr().err.splitlines()
-    assert said == [
-        "ffw-fast: error: on several processes each has a GPU of its own: give --device cuda, not cuda:1"
-    ]
+    assert said == ["ffw-fast: error: on several processes each has a GPU of its own: give --device cuda, not cuda:1"]
 
 
 # Checkpoints ---

@@ -346,9 +346,7 @@ def test_network_stays_batch_innermost(compiled_convolution):
     def note(name):
         def hook(_module, _inputs, output):
             seen[name, "output"] = output.stride()
-            if (
-                output.requires_grad and name != "relu2"
-            ):  # the in-place ReLU has taken the convolution's place
+            if output.requires_grad and name != "relu2":  # the in-place ReLU has taken the convolution's place
                 output.register_hook(lambda grad: seen.update({(name, "grad"): grad.stride()}))
 
         return hook

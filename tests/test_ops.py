@@ -426,9 +426,7 @@ def test_objective(kernels, dtype, tables, sizes):
 
 @pytest.mark.parametrize("tables", [False, True])
 def test_gradient_of_the_objective_is_its_derivative(kernels, tables):
-    logits, labels, head_logits, bias_labels, importance, aligned = objective_inputs(
-        30, 4, 2, 3, torch.float64, tables
-    )
+    logits, labels, head_logits, bias_labels, importance, aligned = objective_inputs(30, 4, 2, 3, torch.float64, tables)
     leaves = logits.requires_grad_(), head_logits.requires_grad_()
     counted = torch.ones_like(bias_labels, dtype=torch.bool)
     weights = torch.ones(30)

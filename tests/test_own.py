@@ -18,7 +18,7 @@ from ffw_fast.run import load_run
 from tests.tiny import CLASSES, network, samples
 
 SHORT = ["--bottleneck", "relu", "--num-bias-classes", str(CLASSES), "--max-epochs", "2", "--batch-size", "10"]
-MODULE = '''
+MODULE = """
 import torch
 from tests.tiny import network, samples
 
@@ -60,7 +60,7 @@ def broken():
     raise KeyError("no such thing")
 
 number = 3
-'''
+"""
 
 
 @pytest.fixture(autouse=True)

@@ -108,6 +108,7 @@ def test_a_forward_that_cannot_be_traced_is_left_alone(x):
 
 def test_folded_gradients_of_the_scores_equal_the_unfolded_ones(model, x):
     """dJ/dm through w' = w a: the gradient of the gated weight times the weight is the same, folded or not."""
+
     def score_gradients(network: nn.Module) -> list[torch.Tensor]:
         layers = [network.conv1, network.conv2, network.fc]
         for layer in layers:

@@ -172,7 +172,7 @@ def test_jobs_run_beside_each_other_with_their_threads_and_logs(tmp_path, script
 
 
 def test_what_was_killed_is_run_again_and_bad_input_is_not(tmp_path, script):
-    script(f'cd {tmp_path}/$1; echo x >> tries; [ $(wc -l < tries) -gt $1 ] || kill -9 $$')
+    script(f"cd {tmp_path}/$1; echo x >> tries; [ $(wc -l < tries) -gt $1 ] || kill -9 $$")
     outcomes = {job.folder.name: failure for job, failure in engine(retries=2).run(jobs_in(tmp_path, 4))}
     assert outcomes == {"0": "", "1": "", "2": "", "3": "killed by signal 9"}
     script('echo "ffw-fast: error: no such thing"; echo x >> "$0.tries"; exit 2')
@@ -182,7 +182,7 @@ def test_what_was_killed_is_run_again_and_bad_input_is_not(tmp_path, script):
 
 
 def test_leaving_ends_the_jobs_under_way(tmp_path, script):
-    script('[ $1 = 0 ] || exec sleep 1000 && echo $$ > /dev/null')
+    script("[ $1 = 0 ] || exec sleep 1000 && echo $$ > /dev/null")
     running = engine().run(jobs_in(tmp_path, 2))
     next(running)
     running.close()  # returns once they have ended, else the sleep would hold it
@@ -245,9 +245,7 @@ def _killed(folder: Path) -> list[int]:
 
 
 @pytest.mark.slow
-def test_twelve_settings_on_ray_with_a_worker_killed_are_those_of_one_process(
-    digits, tmp_path, in_this_process
-):
+def test_twelve_settings_on_ray_with_a_worker_killed_are_those_of_one_process(digits, tmp_path, in_this_process):
     pytest.importorskip("ray", reason="a sweep on Ray needs Ray: pip install 'ffw_fast[ray]'")
     command = ["sweep", "multi-color-mnist", *settings(digits)[:-1], "60", "--gamma", "1,3,10", "--seed", "0..3"]
     out, calm = tmp_path / "ray", tmp_path / "calm"

@@ -87,9 +87,7 @@ def test_it_agrees_with_a_plain_training_loop(optimizer):
 def test_every_epoch_has_its_own_order():
     seen = []
     model = MLP()
-    model.flatten.register_forward_hook(
-        lambda module, inputs, output: seen.append(inputs[0][:, 0, 0, 0].clone())
-    )
+    model.flatten.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0][:, 0, 0, 0].clone()))
     samples = few_samples()
     train_vanilla(model, samples, dataclasses.replace(ADAM, batch_size=10, epochs=3), seed=0)
     assert len({tuple(order.tolist()) for order in seen}) == 3
@@ -102,9 +100,7 @@ def test_deterministic_and_the_global_generator_untouched():
 
     def trained(seed: int) -> torch.Tensor:
         model = workload.build_model(0)
-        return train_vanilla(
-            model, samples, dataclasses.replace(ADAM, batch_size=3, epochs=1), seed=seed
-        ).fc1.weight
+        return train_vanilla(model, samples, dataclasses.replace(ADAM, batch_size=3, epochs=1), seed=seed).fc1.weight
 
     before = torch.get_rng_state()
     first, again, other = trained(1), trained(1), trained(2)
@@ -118,9 +114,7 @@ def test_convolutions_and_batch_norm(precision):
     samples = few_samples()
     model = SimpleConvNet()
     recipe = Recipe("sgd", lr=0.1, batch_size=4, epochs=1)
-    train_vanilla(
-        model, Samples(samples.x[:, :, :8, :8], samples.y, samples.b), recipe, seed=0, precision=precision
-    )
+    train_vanilla(model, Samples(samples.x[:, :, :8, :8], samples.y, samples.b), recipe, seed=0, precision=precision)
     assert model.bn1.num_batches_tracked == 3
     assert all(parameter.dtype == torch.float32 for parameter in model.parameters())
 

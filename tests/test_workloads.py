@@ -84,9 +84,7 @@ def test_options_are_those_that_the_data_takes(workload):
 
 @ALL
 def test_unknown_options_are_refused(workload):
-    with pytest.raises(
-        ValueError, match=f"{workload.name} has no option tran_size; it understands .*train_size"
-    ):
+    with pytest.raises(ValueError, match=f"{workload.name} has no option tran_size; it understands .*train_size"):
         workload.load(None, seed=0, tran_size=3)
 
 

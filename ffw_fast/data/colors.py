@@ -82,9 +82,7 @@ class Coloring:
     white: float
     side: int = SIDE
 
-    def __call__(
-        self, digits: Digits, size: int, rhos: Sequence[float], generator: torch.Generator
-    ) -> Samples:
+    def __call__(self, digits: Digits, size: int, rhos: Sequence[float], generator: torch.Generator) -> Samples:
         """``size`` coloured samples, with one independent bias, a stripe of background, for each of ``rhos``.
 
         The digits are gone through in order, again and again until there are enough samples, and draw new
@@ -120,9 +118,7 @@ class Sizes:
     unbiased_digits: int | None = None  # different digits among them
 
 
-def color_splits(
-    digits: SplitDigits, sizes: Sizes, coloring: Coloring, rhos: Sequence[float], *, seed: int
-) -> Splits:
+def color_splits(digits: SplitDigits, sizes: Sizes, coloring: Coloring, rhos: Sequence[float], *, seed: int) -> Splits:
     """The vanilla set with the given correlations, and the unbiased sets with colours drawn uniformly.
 
     With fewer ``unbiased_digits`` than there are, all of them stay the pool that leakage is measured with.

@@ -158,16 +158,12 @@ def _read_header(stream: BufferedIOBase, path: Path, shape: tuple[int | None, ..
             f"(IDX, unsigned bytes, {len(shape)} dimensions); {_WHERE_TO_GET}"
         )
     if len(header) < length:
-        raise ValueError(
-            f"{path}: ends after {len(header)} bytes, expected a header of {length}; {_WHERE_TO_GET}"
-        )
+        raise ValueError(f"{path}: ends after {len(header)} bytes, expected a header of {length}; {_WHERE_TO_GET}")
     sizes = tuple(int.from_bytes(header[at : at + 4], "big") for at in range(4, length, 4))
     fits = all(want in (None, size) for size, want in zip(sizes, shape, strict=True))
     if not fits or not 0 < sizes[0] <= _MAX_DIGITS:
         wanted = ", ".join("n" if want is None else str(want) for want in shape)
-        raise ValueError(
-            f"{path}: holds data of shape {sizes}, expected ({wanted}) with n from 1 to {_MAX_DIGITS}"
-        )
+        raise ValueError(f"{path}: holds data of shape {sizes}, expected ({wanted}) with n from 1 to {_MAX_DIGITS}")
     return sizes
 
 

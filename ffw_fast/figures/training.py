@@ -82,9 +82,7 @@ def _draw_distance(temperature: Axes, rows: Rows) -> None:
     if not known:
         return
     axes = temperature.twinx()
-    axes.plot(
-        [row["epoch"] for row in known], [row["half_open"] for row in known], color=color("best"), linewidth=1.2
-    )
+    axes.plot([row["epoch"] for row in known], [row["half_open"] for row in known], color=color("best"), linewidth=1.2)
     axes.set_ylabel("half-open gates", color=color("best"), fontsize=8.5)
     axes.tick_params(length=0, labelcolor=color("best"), labelsize=9)
     axes.set_ylim(0, None)

@@ -13,6 +13,7 @@ from ffw_fast import ops
 @pytest.fixture
 def in_process(monkeypatch):
     """Sections run in this process, ``build`` fails."""
+
     def run(name, dry, limit):
         if name == "build":
             return {"seconds": 0.0, "problem": "no compiler", "figures": None}

@@ -16,9 +16,7 @@ def idx_bytes(data: Tensor) -> bytes:
     return header + data.contiguous().numpy().tobytes()
 
 
-def write_mnist(
-    folder: Path, train: int = 100, test: int = 50, *, compressed: bool = False
-) -> dict[str, Tensor]:
+def write_mnist(folder: Path, train: int = 100, test: int = 50, *, compressed: bool = False) -> dict[str, Tensor]:
     """Writes four IDX files of random digits, all different; returns their content by name."""
     folder.mkdir(parents=True, exist_ok=True)
     generator = torch.Generator().manual_seed(train + test)

@@ -69,9 +69,7 @@ def test_deterministic_and_the_global_generator_untouched():
 
 
 def test_options(splits):
-    chosen = biased_mnist(
-        seed=3, rho=0.5, image_size=14, train_size=5000, unbiased_size=90, unbiased_digits=30
-    )
+    chosen = biased_mnist(seed=3, rho=0.5, image_size=14, train_size=5000, unbiased_size=90, unbiased_digits=30)
     assert chosen.vanilla.x.shape == (5000, 3, 14, 14)
     assert own_color(chosen.vanilla) == pytest.approx(0.5, abs=0.04)
     assert len(chosen.train.y) == 90

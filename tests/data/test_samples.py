@@ -49,8 +49,6 @@ def test_checks_pass_what_is_right():
 
 
 def test_samples_move_to_a_device():
-    samples = Samples(
-        torch.zeros(2, 3, 4, 4), torch.zeros(2, dtype=torch.int64), torch.zeros(2, 1, dtype=torch.int64)
-    )
+    samples = Samples(torch.zeros(2, 3, 4, 4), torch.zeros(2, dtype=torch.int64), torch.zeros(2, 1, dtype=torch.int64))
     assert samples.to("cpu").x is samples.x
     assert all(tensor.is_meta for tensor in samples.to("meta"))

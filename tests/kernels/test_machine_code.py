@@ -57,9 +57,7 @@ def test_all_budgets(name, architecture):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("architecture", sorted(machine_code.LIMITS))
-@pytest.mark.parametrize(
-    "name", [name for name in CASES if "linear " in name or "its" in name or "conv" in name]
-)
+@pytest.mark.parametrize("name", [name for name in CASES if "linear " in name or "its" in name or "conv" in name])
 def test_every_tile_of_the_table(name, architecture):
     """Also those that this case's size does not choose. Few loads are wide where a tile is small."""
     case = CASES[name]

@@ -36,9 +36,7 @@ def test_unknown_precision_is_refused():
         choose(1, 1, precision="fp8")
 
 
-@pytest.mark.parametrize(
-    ("tiles_there", "depth", "expected"), [(1000, 10**6, 1), (1, 100, 1), (54, 10**6, 4)]
-)
+@pytest.mark.parametrize(("tiles_there", "depth", "expected"), [(1000, 10**6, 1), (1, 100, 1), (54, 10**6, 4)])
 def test_splits(tiles_there, depth, expected):
     assert tiles.choose_splits(HALF, tiles_there, depth, 16) == expected
 

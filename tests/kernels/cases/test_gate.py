@@ -17,9 +17,7 @@ from ffw_fast.gates import GateKind, reproducible_exp
 from .common import DEVICE, INTERPRETED, KINDS, RANDOM_KINDS, draw, normal, one
 
 HALF = (torch.bfloat16, torch.float16)
-DTYPES = [(torch.float32, torch.float32)] + [
-    (dtype, scores) for dtype in HALF for scores in (dtype, torch.float32)
-]
+DTYPES = [(torch.float32, torch.float32)] + [(dtype, scores) for dtype in HALF for scores in (dtype, torch.float32)]
 SIZES = ((0, 1.0), (1, 0.03), (17, 1.0), (1024, 1.0), (2053, 0.03))  # and temperatures
 
 pytestmark = pytest.mark.usefixtures("poisoned")
@@ -42,25 +40,19 @@ def function_kernel(x_ptr, y_ptr, count, NAME: tl.constexpr, BLOCK: tl.constexpr
 
 def apply(name, x):
     y = torch.empty_like(x)
-    function_kernel[(1,)](
-        x, y, len(x), NAME=name, BLOCK=triton.next_power_of_2(len(x)), enable_fp_fusion=False
-    )
+    function_kernel[(1,)](x, y, len(x), NAME=name, BLOCK=triton.next_power_of_2(len(x)), enable_fp_fusion=False)
     return y
 
 
 def test_exponential_has_the_bits_of_the_reference():
-    edges = torch.tensor(
-        [0.0, -0.0, 1e-30, -87.0, -87.5, 88.0, 89.0, math.inf, -math.inf, math.nan, 0.34657359]
-    )
+    edges = torch.tensor([0.0, -0.0, 1e-30, -87.0, -87.5, 88.0, 89.0, math.inf, -math.inf, math.nan, 0.34657359])
     x = torch.cat([torch.linspace(-100, 100, 4001), torch.linspace(-1, 1, 1001), edges]).to(DEVICE)
     result, expected = apply("exp", x), reproducible_exp(x)
     torch.testing.assert_close(result, expected, rtol=0, atol=0, equal_nan=True)
 
 
 def test_logarithm():
-    x = torch.cat([torch.linspace(1, 2**23, 4000) * 2.0**-24 * 2, 1 - torch.arange(1, 90) * 2.0**-24]).to(
-        DEVICE
-    )
+    x = torch.cat([torch.linspace(1, 2**23, 4000) * 2.0**-24 * 2, 1 - torch.arange(1, 90) * 2.0**-24]).to(DEVICE)
     x = x[(x > 0) & (x < 1)]
     torch.testing.assert_close(apply("log", x).double(), x.double().log(), rtol=3e-7, atol=0)
 
@@ -89,8 +81,7 @@ def assert_relatively_as_good(result, own, exact, slack):
         return
     assert result.dtype == own.dtype
     error, own_error = (
-        ((value.double() - exact).abs() / exact.abs().clamp_min(1e-30)).max().item()
-        for value in (result, own)
+        ((value.double() - exact).abs() / exact.abs().clamp_min(1e-30)).max().item() for value in (result, own)
     )
     factor = 4 if result.dtype == torch.bfloat16 and INTERPRETED else 2  # it truncates there
     assert error <= factor * own_error + slack * torch.finfo(result.dtype).eps
@@ -125,9 +116,7 @@ def test_gate_weight_backward(kind, dtype, scores_dtype):
             torch.testing.assert_close(result, default, rtol=2e-3, atol=2e-7)
         else:
             grad, weight, scores, *rest = inputs
-            exact = ops.gate_weight_backward_default(
-                grad.double(), weight.double(), scores.double(), *rest, kind
-            )
+            exact = ops.gate_weight_backward_default(grad.double(), weight.double(), scores.double(), *rest, kind)
             assert_relatively_as_good(result, default, exact, slack=16)
 
 
@@ -144,9 +133,7 @@ def test_extreme_scores_and_temperatures(kind, temperature):
         gate_weight_backward(grad, *inputs, kind),
         ops.gate_weight_backward_default(grad, *inputs, kind),
     )
-    torch.testing.assert_close(
-        slope, default, rtol=1e-4, atol=1e-36 * max(1.0, 1 / temperature), equal_nan=True
-    )
+    torch.testing.assert_close(slope, default, rtol=1e-4, atol=1e-36 * max(1.0, 1 / temperature), equal_nan=True)
 
 
 @given(

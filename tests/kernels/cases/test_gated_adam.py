@@ -16,9 +16,7 @@ pytestmark = pytest.mark.usefixtures("poisoned")
 
 
 def state(size, dtype=torch.float32, scores_dtype=torch.float32):
-    weight, grad, scores, exp_avg, exp_avg_sq = (
-        normal(size, dtype=torch.float64, seed=seed) for seed in range(5)
-    )
+    weight, grad, scores, exp_avg, exp_avg_sq = (normal(size, dtype=torch.float64, seed=seed) for seed in range(5))
     return {
         "gated": torch.full_like(weight, torch.nan).to(dtype),
         "scores": (0.2 * scores).to(scores_dtype),

@@ -41,9 +41,7 @@ def run(function, state, plateau, features, labels, order, settings):
 def check(arguments, settings):
     state, plateau, features, labels, order = arguments
     result, result_plateau, losses = run(fit_linear_head_, *arguments, settings)
-    own, _, own_losses = run(
-        ops.fit_linear_head_default_, state, plateau, features.float(), labels, order, settings
-    )
+    own, _, own_losses = run(ops.fit_linear_head_default_, state, plateau, features.float(), labels, order, settings)
     wide = ([tensor.double() for tensor in state], plateau, features.double(), labels, order)
     exact, exact_plateau, exact_losses = run(ops.fit_linear_head_default_, *wide, settings)
     for one_result, one_own, one_exact in zip(result, own, exact, strict=True):

@@ -45,9 +45,7 @@ pytestmark = pytest.mark.usefixtures("poisoned")
 def layer(case, dtype=torch.float32, memory_format=CONTIGUOUS):
     batch, channels, height, width, outs, kernel, settings = case
     x = normal(batch, channels, height, width)
-    weight, scores = (
-        normal(outs, channels // settings.get("groups", 1), *kernel, seed=seed) for seed in (1, 2)
-    )
+    weight, scores = (normal(outs, channels // settings.get("groups", 1), *kernel, seed=seed) for seed in (1, 2))
     out = functional.conv2d(x, weight, **settings)
     tensors = [tensor.to(dtype, memory_format=memory_format) for tensor in (x, weight, scores)]
     return [*tensors, normal(outs, seed=3).to(dtype), normal(*out.shape, seed=4).to(dtype)], (
@@ -71,16 +69,12 @@ def check(case, dtype, kind, relu, memory_format, tile=SMALL, splits=None):
     (x, weight, scores, bias, grad), rest = layer(case, dtype, memory_format)
     settings = case[-1]
     gate = (weight, scores, *rest, kind)
-    exact_output = plain(
-        *(tensor.double() for tensor in (x, weight, scores, bias, grad)), *rest, kind, relu, settings
-    )
+    exact_output = plain(*(tensor.double() for tensor in (x, weight, scores, bias, grad)), *rest, kind, relu, settings)
     own = plain(x, weight, scores, bias, grad, *rest, kind, relu, settings)
     if relu:  # where rounding decides whether an output is positive, there is no gradient to compare
         grad = torch.where((exact_output[0] > 0) == (own[0] > 0), grad, 0)
         own = plain(x, weight, scores, bias, grad, *rest, kind, relu, settings)
-    exact = plain(
-        *(tensor.double() for tensor in (x, weight, scores, bias, grad)), *rest, kind, relu, settings
-    )
+    exact = plain(*(tensor.double() for tensor in (x, weight, scores, bias, grad)), *rest, kind, relu, settings)
     output = own[0] if relu else None
     grad = grad.contiguous(memory_format=memory_format)
     results = (
@@ -159,9 +153,7 @@ def test_wrong_inputs_are_refused():
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(
-    not INTERPRETED, reason="needs 4 GB of memory that is hardly touched, which only the CPU gives"
-)
+@pytest.mark.skipif(not INTERPRETED, reason="needs 4 GB of memory that is hardly touched, which only the CPU gives")
 def test_places_beyond_32_bits():
     torch.use_deterministic_algorithms(False)  # else the memory is filled, with NaN
     x = torch.empty(2, 1, 16, 2**26 + 40, dtype=torch.float16)

@@ -53,9 +53,7 @@ def check(shape, dtype, kind, bias, relu, tile=SMALL, scores_dtype=None, precisi
     out = masked_linear(x, *gate, shift, relu, precision, tile)
     output = own[0] if relu else None  # the same zeros as in PyTorch's gradients
     exact_output = plain(*wide[:4], torch.zeros_like(wide[4]), *rest, kind, relu)[0]
-    if relu and not torch.equal(
-        exact_output > 0, own[0] > 0
-    ):  # rounding decided differently: leave those out
+    if relu and not torch.equal(exact_output > 0, own[0] > 0):  # rounding decided differently: leave those out
         grad = torch.where((exact_output > 0) == (own[0] > 0), grad, 0)
         own = plain(x, weight, scores, shift, grad, *rest, kind, relu)
         exact = plain(*wide[:4], grad.double(), *rest, kind, relu)
@@ -133,9 +131,7 @@ def test_nan_passes_through():
     assert out[[0, 2]].isfinite().all()
 
 
-@pytest.mark.parametrize(
-    ("wrong", "message"), [("dtype", "dtype"), ("shape", "shape"), ("precision", "precision")]
-)
+@pytest.mark.parametrize(("wrong", "message"), [("dtype", "dtype"), ("shape", "shape"), ("precision", "precision")])
 def test_wrong_inputs_are_refused(wrong, message):
     (x, weight, scores, bias, _), rest = layer(3, 4, 5)
     x = x.half() if wrong == "dtype" else x[:, :4] if wrong == "shape" else x
@@ -144,18 +140,14 @@ def test_wrong_inputs_are_refused(wrong, message):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(
-    not INTERPRETED, reason="needs 8 GB of memory that is never touched, which only the CPU gives"
-)
+@pytest.mark.skipif(not INTERPRETED, reason="needs 8 GB of memory that is never touched, which only the CPU gives")
 def test_places_beyond_32_bits():
     torch.use_deterministic_algorithms(False)  # else the memory is filled, with NaN
     rows = torch.empty(2**31 + 64, dtype=torch.float16).as_strided((2, 24), (2**31 + 16, 1))
     (x, weight, scores, bias, grad), rest = layer(2, 5, 24, torch.float16)
     rows.copy_(x)
     gate = (weight, scores, *rest, GateKind.FFW)
-    assert torch.equal(
-        masked_linear(rows, *gate, bias, tile=SMALL), masked_linear(x, *gate, bias, tile=SMALL)
-    )
+    assert torch.equal(masked_linear(rows, *gate, bias, tile=SMALL), masked_linear(x, *gate, bias, tile=SMALL))
     assert torch.equal(
         masked_linear_score_grad(grad, rows, *gate, tile=SMALL),
         masked_linear_score_grad(grad, x, *gate, tile=SMALL),

@@ -38,9 +38,7 @@ def check(logits, labels):
     grad = normal(labels.shape[1], seed=9)
     result = mutual_information_backward(grad, logits, labels, own_joint)
     own = ops.mutual_information_backward_default(grad, logits, labels, own_joint)
-    exact = ops.mutual_information_backward_default(
-        grad.double(), logits.double(), labels, own_joint.double()
-    )
+    exact = ops.mutual_information_backward_default(grad.double(), logits.double(), labels, own_joint.double())
     assert_as_good(result, own, exact, slack=16.0)
     assert result.stride() == own.stride()
 
