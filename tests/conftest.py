@@ -45,6 +45,15 @@ def restore_threads() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """PyTorch runs on one thread: what is this small loses more by waiting for a second one than it gains."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The proofs of GPU kernels without a GPU are a ladder of their own: ``make gpu-check`` runs all of it."""
     for item in items:

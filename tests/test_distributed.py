@@ -33,6 +33,7 @@ from tests import toy
 from tests.data.conftest import write_mnist
 from tests.tiny import arguments, network, samples
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 PRELOADED = ["torch._dynamo", "ffw_fast"]  # imported once for all processes
 MINUTES = 300  # seconds that a group of processes may take on a busy machine
 TRAIN, VAL = samples(25), samples(13, seed=1)  # minibatches of 10, 10 and 5, shared by 2 and by 3
@@ -100,10 +101,7 @@ def _facts(found: Extraction) -> dict[str, Any]:
 @pytest.mark.parametrize("shard", [False, True])
 @pytest.mark.parametrize("count", [2, 3])
 def test_several_processes_find_the_same_scores_as_one(count, shard, tmp_path):
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     alone = _extract_all(0, tmp_path)
-    torch.set_num_threads(threads)
     together = on_processes(count, _extract_all, tmp_path, shard)
     for name, expected in alone.items():
         for found in together:

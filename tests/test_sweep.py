@@ -6,12 +6,10 @@ import re
 import signal
 import threading
 import time
-from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
-import torch
 
 import ffw_fast.engines as engines
 from ffw_fast.cli import main
@@ -19,6 +17,7 @@ from ffw_fast.engines import Job, LocalProcesses, run_job
 from ffw_fast.sweep import trial_name
 from tests.data.conftest import write_mnist
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 RESULTS = ("scores.safetensors", "best_scores.safetensors", "model.safetensors")
 
 
@@ -28,14 +27,6 @@ def digits(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("digits")
     write_mnist(folder, train=60, test=60)
     return folder
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture

