@@ -170,4 +170,67 @@ inline Tensor made_contiguous(const Tensor& tensor) {
   return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
 }
 
+// Operators ---------------------------------------------------------------------------------------------------------
+
+// Of gated_adam_step_; its scalars are checked where they are read.
+inline void check_adam(const Tensor& gated, const Tensor& scores, const Tensor& exp_avg, const Tensor& exp_avg_sq,
+                       const Tensor& movement, const Tensor& weight, const Tensor& grad) {
+  check_pair(weight, scores);
+  check_shape_and_dtype("gated", gated, "weight", weight);
+  check_shape_and_dtype("grad", grad, "weight", weight);
+  check_shape_and_dtype("exp_avg", exp_avg, "scores", scores);
+  check_shape_and_dtype("exp_avg_sq", exp_avg_sq, "scores", scores);
+  check_value(movement.numel() == 1 && movement.scalar_type() == ScalarType::Double,
+              "movement must be one float64, got ", dtype_text(movement.scalar_type()), " of shape ",
+              shape_text(movement));
+  check_apart({{"gated", gated}, {"scores", scores}, {"exp_avg", exp_avg}, {"exp_avg_sq", exp_avg_sq},
+               {"movement", movement}},
+              {{"weight", weight}, {"grad", grad}});
+}
+
+// Of fit_linear_head_, but for the range of labels and order, which are read where they are used.
+inline void check_head(const Tensor& weight, const Tensor& bias, const Tensor& weight_momentum,
+                       const Tensor& bias_momentum, const Tensor& plateau, const Tensor& features,
+                       const Tensor& labels, const Tensor& order, int64_t batch_size) {
+  check_value(weight.dim() == 3 && weight.size(1) > 0 && bias.dim() == 2 && bias.size(0) == weight.size(0) &&
+                  bias.size(1) == weight.size(1),
+              "expected weight (heads, K, D) and bias (heads, K), got ", shape_text(weight), ", ", shape_text(bias));
+  check_value(features.dim() == 2 && features.size(1) == weight.size(2) && labels.dim() == 2 &&
+                  labels.size(0) == features.size(0) && labels.size(1) == weight.size(0),
+              "expected features (n, D) and labels (n, heads) for a weight ", shape_text(weight), ", got ",
+              shape_text(features), ", ", shape_text(labels));
+  const ScalarType dtype = weight.scalar_type();
+  check_type((dtype == ScalarType::Float || dtype == ScalarType::Double) && features.scalar_type() == dtype,
+             "weight and features must both be float32 or float64, got ", dtype_text(dtype), ", ",
+             dtype_text(features.scalar_type()));
+  check_shape_and_dtype("weight_momentum", weight_momentum, "weight", weight);
+  check_shape_and_dtype("bias_momentum", bias_momentum, "bias", bias);
+  check_type(bias.scalar_type() == dtype, "bias must have the dtype of weight ", dtype_text(dtype), ", got ",
+             dtype_text(bias.scalar_type()));
+  check_value(plateau.dim() == 1 && plateau.numel() == 3 && plateau.scalar_type() == ScalarType::Double,
+              "plateau must be 3 float64 numbers, got ", dtype_text(plateau.scalar_type()), " of shape ",
+              shape_text(plateau));
+  check_value(order.dim() == 2, "order must be (epochs, samples), got ", shape_text(order));
+  check_type(labels.scalar_type() == ScalarType::Long && order.scalar_type() == ScalarType::Long,
+             "labels and order must be int64, got ", dtype_text(labels.scalar_type()), ", ",
+             dtype_text(order.scalar_type()));
+  check_value(batch_size > 0, "batch_size must be positive, got ", batch_size);
+  check_apart({{"weight", weight}, {"bias", bias}, {"weight_momentum", weight_momentum},
+               {"bias_momentum", bias_momentum}, {"plateau", plateau}},
+              {{"features", features}, {"labels", labels}, {"order", order}});
+}
+
+// Of mutual_information: logits [n, heads, K], labels [n, heads].
+inline void check_information(const Tensor& logits, const Tensor& labels) {
+  check_value(logits.dim() == 3 && labels.dim() == 2 && labels.size(0) == logits.size(0) &&
+                  labels.size(1) == logits.size(1),
+              "expected logits (n, heads, K) and labels (n, heads), got ", shape_text(logits), ", ",
+              shape_text(labels));
+  check_type(is_floating(logits.scalar_type()) && labels.scalar_type() == ScalarType::Long,
+             "expected floating-point logits and int64 labels, got ", dtype_text(logits.scalar_type()), ", ",
+             dtype_text(labels.scalar_type()));
+  check_value(logits.numel() > 0, "mutual information needs at least one sample, head and class, got logits ",
+              shape_text(logits));
+}
+
 }  // namespace ffw

@@ -60,17 +60,7 @@ void gated_adam_step_(Tensor gated, Tensor scores, Tensor exp_avg, Tensor exp_av
                       bool measure) {
   check_on_cpu({&gated, &scores, &exp_avg, &exp_avg_sq, &movement, &weight, &grad, &temperature, &next_temperature,
                 &step, &lr, &draw, &next_draw});
-  check_pair(weight, scores);
-  check_shape_and_dtype("gated", gated, "weight", weight);
-  check_shape_and_dtype("grad", grad, "weight", weight);
-  check_shape_and_dtype("exp_avg", exp_avg, "scores", scores);
-  check_shape_and_dtype("exp_avg_sq", exp_avg_sq, "scores", scores);
-  check_value(movement.numel() == 1 && movement.scalar_type() == ScalarType::Double,
-              "movement must be one float64, got ", dtype_text(movement.scalar_type()), " of shape ",
-              shape_text(movement));
-  check_apart({{"gated", gated}, {"scores", scores}, {"exp_avg", exp_avg}, {"exp_avg_sq", exp_avg_sq},
-               {"movement", movement}},
-              {{"weight", weight}, {"grad", grad}});
+  check_adam(gated, scores, exp_avg, exp_avg_sq, movement, weight, grad);
   const Step settings = {checked_kind(kind),          checked_temperature(temperature),
                          checked_temperature(next_temperature), checked_draw(draw),
                          checked_draw(next_draw),     measure};

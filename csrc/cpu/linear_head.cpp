@@ -209,42 +209,11 @@ void check_range(const char* name, const Tensor& numbers, int64_t end) {
   }
 }
 
-void check_head(const Tensor& weight, const Tensor& bias, const Tensor& weight_momentum, const Tensor& bias_momentum,
-                const Tensor& plateau, const Tensor& features, const Tensor& labels, const Tensor& order,
-                int64_t batch_size) {
-  check_value(weight.dim() == 3 && weight.size(1) > 0 && bias.dim() == 2 && bias.size(0) == weight.size(0) &&
-                  bias.size(1) == weight.size(1),
-              "expected weight (heads, K, D) and bias (heads, K), got ", shape_text(weight), ", ", shape_text(bias));
-  check_value(features.dim() == 2 && features.size(1) == weight.size(2) && labels.dim() == 2 &&
-                  labels.size(0) == features.size(0) && labels.size(1) == weight.size(0),
-              "expected features (n, D) and labels (n, heads) for a weight ", shape_text(weight), ", got ",
-              shape_text(features), ", ", shape_text(labels));
-  const ScalarType dtype = weight.scalar_type();
-  check_type((dtype == ScalarType::Float || dtype == ScalarType::Double) && features.scalar_type() == dtype,
-             "weight and features must both be float32 or float64, got ", dtype_text(dtype), ", ",
-             dtype_text(features.scalar_type()));
-  check_shape_and_dtype("weight_momentum", weight_momentum, "weight", weight);
-  check_shape_and_dtype("bias_momentum", bias_momentum, "bias", bias);
-  check_type(bias.scalar_type() == dtype, "bias must have the dtype of weight ", dtype_text(dtype), ", got ",
-             dtype_text(bias.scalar_type()));
-  check_value(plateau.dim() == 1 && plateau.numel() == 3 && plateau.scalar_type() == ScalarType::Double,
-              "plateau must be 3 float64 numbers, got ", dtype_text(plateau.scalar_type()), " of shape ",
-              shape_text(plateau));
-  check_value(order.dim() == 2, "order must be (epochs, samples), got ", shape_text(order));
-  check_type(labels.scalar_type() == ScalarType::Long && order.scalar_type() == ScalarType::Long,
-             "labels and order must be int64, got ", dtype_text(labels.scalar_type()), ", ",
-             dtype_text(order.scalar_type()));
-  check_value(batch_size > 0, "batch_size must be positive, got ", batch_size);
-}
-
 Tensor fit_linear_head_(Tensor weight, Tensor bias, Tensor weight_momentum, Tensor bias_momentum, Tensor plateau,
                         Tensor features, Tensor labels, Tensor order, int64_t batch_size, double lr, double momentum,
                         double weight_decay, double threshold, int64_t patience) {
   check_on_cpu({&weight, &bias, &weight_momentum, &bias_momentum, &plateau, &features, &labels, &order});
   check_head(weight, bias, weight_momentum, bias_momentum, plateau, features, labels, order, batch_size);
-  check_apart({{"weight", weight}, {"bias", bias}, {"weight_momentum", weight_momentum},
-               {"bias_momentum", bias_momentum}, {"plateau", plateau}},
-              {{"features", features}, {"labels", labels}, {"order", order}});
   const Tensor dense_features = made_contiguous(features), dense_labels = made_contiguous(labels);
   const Tensor dense_order = made_contiguous(order);
   check_range("labels", dense_labels, weight.size(1));

@@ -18,17 +18,8 @@ struct Shape {
 };
 
 Shape checked_shape(const Tensor& logits, const Tensor& labels) {
-  check_value(logits.dim() == 3 && labels.dim() == 2 && labels.size(0) == logits.size(0) &&
-                  labels.size(1) == logits.size(1),
-              "expected logits (n, heads, K) and labels (n, heads), got ", shape_text(logits), ", ",
-              shape_text(labels));
-  check_type(is_floating(logits.scalar_type()) && labels.scalar_type() == ScalarType::Long,
-             "expected floating-point logits and int64 labels, got ", dtype_text(logits.scalar_type()), ", ",
-             dtype_text(labels.scalar_type()));
-  const Shape shape = {logits.size(0), logits.size(1), logits.size(2)};
-  check_value(logits.numel() > 0, "mutual information needs at least one sample, head and class, got logits ",
-              shape_text(logits));
-  return shape;
+  check_information(logits, labels);
+  return {logits.size(0), logits.size(1), logits.size(2)};
 }
 
 void check_labels(const int64_t* labels, const Shape& shape) {

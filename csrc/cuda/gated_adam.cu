@@ -25,16 +25,9 @@ void gated_adam_step_(Tensor gated, Tensor scores, Tensor exp_avg, Tensor exp_av
                       int64_t kind_number, bool measure) {
   const OnDevice device({&gated, &scores, &exp_avg, &exp_avg_sq, &movement, &weight, &grad, &temperature,
                          &next_temperature, &step, &lr, &draw, &next_draw});
-  check_gates(weight, scores, temperature, draw);
-  check_temperature(next_temperature);
-  check_draw(next_draw);
-  check_shape_and_dtype("gated", gated, "weight", weight);
-  check_shape_and_dtype("grad", grad, "weight", weight);
-  check_shape_and_dtype("exp_avg", exp_avg, "scores", scores);
-  check_shape_and_dtype("exp_avg_sq", exp_avg_sq, "scores", scores);
-  check_value(movement.numel() == 1 && movement.scalar_type() == ScalarType::Double,
-              "movement must be one float64, got ", dtype_text(movement.scalar_type()), " of shape ",
-              shape_text(movement));
+  check_adam(gated, scores, exp_avg, exp_avg_sq, movement, weight, grad);
+  for (const Tensor* scalar : {&temperature, &next_temperature}) check_temperature(*scalar);
+  for (const Tensor* key : {&draw, &next_draw}) check_draw(*key);
   check_scalar("step", step);
   check_scalar("lr", lr);
   const Kind kind = checked_kind(kind_number);

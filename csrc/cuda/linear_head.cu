@@ -8,42 +8,14 @@ namespace {
 
 constexpr int64_t most_heads = 64;  // their blocks wait for one another, so all must run at once on any device
 
-void check_head(const Tensor& weight, const Tensor& bias, const Tensor& weight_momentum, const Tensor& bias_momentum,
-                const Tensor& plateau, const Tensor& features, const Tensor& labels, const Tensor& order,
-                int64_t batch_size) {
-  check_value(weight.dim() == 3 && weight.size(1) > 0 && bias.dim() == 2 && bias.size(0) == weight.size(0) &&
-                  bias.size(1) == weight.size(1),
-              "expected weight (heads, K, D) and bias (heads, K), got ", shape_text(weight), ", ", shape_text(bias));
-  check_value(features.dim() == 2 && features.size(1) == weight.size(2) && labels.dim() == 2 &&
-                  labels.size(0) == features.size(0) && labels.size(1) == weight.size(0),
-              "expected features (n, D) and labels (n, heads) for a weight ", shape_text(weight), ", got ",
-              shape_text(features), ", ", shape_text(labels));
-  const ScalarType dtype = weight.scalar_type();
-  check_type((dtype == ScalarType::Float || dtype == ScalarType::Double) && features.scalar_type() == dtype,
-             "weight and features must both be float32 or float64, got ", dtype_text(dtype), ", ",
-             dtype_text(features.scalar_type()));
-  check_shape_and_dtype("weight_momentum", weight_momentum, "weight", weight);
-  check_shape_and_dtype("bias_momentum", bias_momentum, "bias", bias);
-  check_type(bias.scalar_type() == dtype, "bias must have the dtype of weight ", dtype_text(dtype), ", got ",
-             dtype_text(bias.scalar_type()));
-  check_value(plateau.dim() == 1 && plateau.numel() == 3 && plateau.scalar_type() == ScalarType::Double,
-              "plateau must be 3 float64 numbers, got ", dtype_text(plateau.scalar_type()), " of shape ",
-              shape_text(plateau));
-  check_value(order.dim() == 2, "order must be (epochs, samples), got ", shape_text(order));
-  check_type(labels.scalar_type() == ScalarType::Long && order.scalar_type() == ScalarType::Long,
-             "labels and order must be int64, got ", dtype_text(labels.scalar_type()), ", ",
-             dtype_text(order.scalar_type()));
-  check_value(batch_size > 0, "batch_size must be positive, got ", batch_size);
-  check_value(weight.size(1) * weight.size(2) < (int64_t{1} << 31), "a head of ", weight.size(1), " times ",
-              weight.size(2), " weights is too large");
-  check_value(weight.size(0) <= most_heads, "at most ", most_heads, " heads learn at once, got ", weight.size(0));
-}
-
 Tensor fit_linear_head_(Tensor weight, Tensor bias, Tensor weight_momentum, Tensor bias_momentum, Tensor plateau,
                         Tensor features, Tensor labels, Tensor order, int64_t batch_size, double lr, double momentum,
                         double weight_decay, double threshold, int64_t patience) {
   const OnDevice device({&weight, &bias, &weight_momentum, &bias_momentum, &plateau, &features, &labels, &order});
   check_head(weight, bias, weight_momentum, bias_momentum, plateau, features, labels, order, batch_size);
+  check_value(weight.size(1) * weight.size(2) < (int64_t{1} << 31), "a head of ", weight.size(1), " times ",
+              weight.size(2), " weights is too large");
+  check_value(weight.size(0) <= most_heads, "at most ", most_heads, " heads learn at once, got ", weight.size(0));
   const ScalarType dtype = weight.scalar_type();
   const int64_t heads = weight.size(0), epochs = order.size(0), epoch_size = order.size(1);
   Tensor losses = torch::stable::new_empty(plateau, {epochs});

@@ -9,15 +9,7 @@ namespace ffw::cuda {
 namespace {
 
 void check_logits(const Tensor& logits, const Tensor& labels) {
-  check_value(logits.dim() == 3 && labels.dim() == 2 && labels.size(0) == logits.size(0) &&
-                  labels.size(1) == logits.size(1),
-              "expected logits (n, heads, K) and labels (n, heads), got ", shape_text(logits), ", ",
-              shape_text(labels));
-  check_type(is_floating(logits.scalar_type()) && labels.scalar_type() == ScalarType::Long,
-             "expected floating-point logits and int64 labels, got ", dtype_text(logits.scalar_type()), ", ",
-             dtype_text(labels.scalar_type()));
-  check_value(logits.numel() > 0, "mutual information needs at least one sample, head and class, got logits ",
-              shape_text(logits));
+  check_information(logits, labels);
   check_value(logits.size(2) <= 4096, "mutual information of at most 4096 classes, got ", logits.size(2));
 }
 
