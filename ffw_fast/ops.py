@@ -14,6 +14,7 @@ Arguments that several operators share:
 - ``kind``: number of the gate kind, ``ffw_fast.gates.GateKind``.
 """
 
+import functools
 import itertools
 import math
 from collections.abc import Callable, Sequence
@@ -36,8 +37,14 @@ COMPOSED = {"objective"}  # compiled for the CPU only; the default kernel calls 
 def _define(schema: str, default: Callable[..., Any], fake: Callable[..., Any]) -> None:
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     name = schema.split("(", 1)[0]
-    DEFAULTS[name] = default
-    _library.impl(name, default, "CompositeExplicitAutograd")
+
+    @functools.wraps(default)
+    def checked(*arguments: Any) -> Any:
+        check_apart(name, arguments)
+        return default(*arguments)
+
+    DEFAULTS[name] = checked if "!" in schema else default
+    _library.impl(name, DEFAULTS[name], "CompositeExplicitAutograd")
     torch.library.register_fake(f"ffw_fast::{name}", fake, lib=_library)
 
 
@@ -72,13 +79,28 @@ def _check_pair(weight: Tensor, scores: Tensor, temperature: Tensor, draw: Tenso
     )
 
 
-def _check_apart(changed: dict[str, Tensor], others: dict[str, Tensor]) -> None:
-    """That nothing which is changed in place shares memory with anything else; tensors with gaps are let through."""
-    spans = {name: _dense_span(tensor) for name, tensor in {**changed, **others}.items()}
-    for one, other in itertools.combinations(spans, 2):
+def check_apart(name: str, arguments: Sequence[Any]) -> None:
+    """That nothing which the operator changes in place shares memory with another of its arguments.
+
+    Tensors with gaps are let through: they may well lie in each other's.
+
+    Raises:
+        ValueError: the names of two that do.
+    """
+    given = list(zip(_arguments(name), arguments, strict=False))
+    tensors = [(known.name, value) for known, value in given if isinstance(value, Tensor)]
+    changed = {known.name for known, _value in given if known.is_write}
+    spans = {one: _dense_span(tensor) for one, tensor in tensors} if changed else {}
+    for one, other in itertools.combinations(sorted(spans, key=lambda one: one not in changed), 2):
         (start, end), (other_start, other_end) = spans[one], spans[other]
         if one in changed and start < other_end and other_start < end:
             raise ValueError(f"{one} and {other} share memory; what is changed in place needs memory of its own")
+
+
+@functools.cache
+def _arguments(name: str) -> tuple[Any, ...]:
+    """The operator's arguments, as its schema tells them."""
+    return tuple(getattr(torch.ops.ffw_fast, name).default._schema.arguments)
 
 
 def _dense_span(tensor: Tensor) -> tuple[int, int]:
@@ -165,10 +187,6 @@ def gated_adam_step_default_(
     measure: bool,
 ) -> None:
     _check_pair(weight, scores, temperature, draw)
-    _check_apart(
-        {"gated": gated, "scores": scores, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq, "movement": movement},
-        {"weight": weight, "grad": grad},
-    )
     gradient = gate_weight_backward_default(grad, weight, scores, temperature, draw, kind)
     gradient = gradient.add(scores, alpha=weight_decay)  # L2, not decoupled
     exp_avg.lerp_(gradient, 1 - beta1)
@@ -549,11 +567,6 @@ def fit_linear_head_default_(
     threshold: float,
     patience: int,
 ) -> Tensor:
-    _check_apart(
-        {"weight": weight, "bias": bias, "weight_momentum": weight_momentum, "bias_momentum": bias_momentum,
-         "plateau": plateau},
-        {"features": features, "labels": labels, "order": order},
-    )  # fmt: skip
     rule = Plateau(threshold, patience, best=plateau[0].item(), failures=int(plateau[1].item()))
     losses = torch.full((len(order),), math.nan, dtype=torch.float64, device=features.device)
     for epoch, permutation in enumerate(order):

@@ -112,6 +112,7 @@ def register(device: str, leave_out: Sequence[str] = ()) -> None:
 
 
 def _run(name: str, *arguments: Any) -> Any:
+    ops.check_apart(name, arguments)
     kernel = KERNELS[name]
     if not kernel.accepts(*arguments):
         return ops.DEFAULTS[name](*arguments)

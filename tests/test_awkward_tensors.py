@@ -50,7 +50,9 @@ def test_an_output_that_is_one_number_seen_many_times_is_refused():
 ADAM = ("gated", "scores", "exp_avg", "exp_avg_sq", "movement", "weight", "grad")
 
 
-@pytest.mark.parametrize("kernel", [ops.gated_adam_step_, ops.gated_adam_step_default_], ids=["compiled", "default"])
+@pytest.mark.parametrize(
+    "kernel", [ops.gated_adam_step_, ops.DEFAULTS["gated_adam_step_"]], ids=["compiled", "default"]
+)
 @pytest.mark.parametrize(("one", "other"), [(0, 1), (1, 2), (2, 3), (0, 5), (3, 6)])
 @pytest.mark.parametrize("shift", [0, 1, 31])
 def test_outputs_that_share_memory_are_refused_by_name(kernel, one, other, shift):
@@ -92,7 +94,9 @@ def test_outputs_with_gaps_that_share_memory_stay_in_it():
     assert (memory[80:] == 7).all()
 
 
-@pytest.mark.parametrize("kernel", [ops.fit_linear_head_, ops.fit_linear_head_default_], ids=["compiled", "default"])
+@pytest.mark.parametrize(
+    "kernel", [ops.fit_linear_head_, ops.DEFAULTS["fit_linear_head_"]], ids=["compiled", "default"]
+)
 @pytest.mark.parametrize(("one", "other"), [(0, 2), (1, 3), (0, 5), (1, 4)])
 def test_heads_that_share_memory_are_refused_by_name(kernel, one, other):
     names = ("weight", "bias", "weight_momentum", "bias_momentum", "plateau", "features")

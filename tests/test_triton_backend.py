@@ -14,6 +14,7 @@ import torch
 
 import ffw_fast.backend
 from ffw_fast import ops, triton_backend
+from tests.test_ops import adam_inputs
 
 pytestmark = pytest.mark.skipif(not util.find_spec("triton"), reason="needs the package triton")
 
@@ -66,6 +67,12 @@ def test_what_is_left_to_pytorch():
     head = [torch.zeros(1, 5, 8), torch.zeros(1, 5)] * 2
     assert accepts("fit_linear_head_", *head, torch.zeros(3), torch.zeros(9, 8))
     assert not accepts("fit_linear_head_", *head, torch.zeros(3), torch.zeros(9, 8, dtype=torch.float64))
+
+
+def test_buffers_that_share_memory_are_refused_before_a_kernel_sees_them():
+    changed, rest = adam_inputs(32)
+    with pytest.raises(ValueError, match="gated and exp_avg share memory"):
+        triton_backend._run("gated_adam_step_", changed[0], changed[1], changed[0], *changed[3:], *rest, 0, False)
 
 
 REGISTERED = """

@@ -7,6 +7,7 @@ import torch
 
 from ffw_fast import philox
 from ffw_fast.gates import GateKind
+from tests.test_ops import adam_inputs
 
 KINDS = list(GateKind)
 ORDERS = (0, 1, 2)  # of the threads: forward, backward, shuffled
@@ -203,6 +204,12 @@ def test_the_result_does_not_depend_on_the_order_of_threads(emulated):
         results.append(adam_steps(emulated.gated_adam_step_, state, weight, GateKind.CONCRETE))
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_buffers_that_share_memory_are_refused(emulated):
+    changed, rest = adam_inputs(32)
+    with pytest.raises(ValueError, match="scores and grad share memory"):
+        emulated.gated_adam_step_(*changed, rest[0], changed[1], *rest[2:], 0, False)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
