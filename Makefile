@@ -20,7 +20,7 @@ test: venv
 # The reference of all public names, from their docstrings: build/reference/index.html.
 docs: venv
 	$(BIN)/pip install --quiet --no-build-isolation -e '.[docs]'
-	$(BIN)/pdoc --docformat google --output-directory build/reference ffw_fast ffw_fast.theory ffw_fast.reference \
+	$(BIN)/pdoc --docformat google --output-directory build/reference ffw_fast ffw_fast.theory \
 		ffw_fast.figures ffw_fast.report ffw_fast.run_folder ffw_fast.attribution
 
 # The C++ operators' tests under AddressSanitizer and UBSan, then under ThreadSanitizer; needs GCC's libraries of them.
