@@ -91,7 +91,7 @@ Tensor new_empty_strided(const Tensor& like, const std::vector<int64_t>& sizes,
                                        from(std::nullopt),
                                        from(std::nullopt),
                                        from(std::nullopt)};
-  STABLE_TORCH_ERROR_CODE_CHECK(
+  TORCH_ERROR_CODE_CHECK(
       torch_call_dispatcher("aten::new_empty_strided", "", stack.data(), TORCH_ABI_VERSION));
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
