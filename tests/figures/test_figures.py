@@ -161,6 +161,10 @@ def test_comparisons(tmp_path):
     assert families["magnitude 0.975"] == "magnitude pruning"
     assert families["FFW adaptive, gamma 1"] == "FFW"
     assert "DFR" not in families
+    structured = COMPARISON.with_stem(f"{COMPARISON.stem}-structured")
+    assert "FFW channel gates, adaptive, gamma 1" in json.loads(structured.read_text())["methods"]
+    shown = {row["method"] for row in figure("sparsity", tmp_path, structured)}
+    assert {method for method in shown if method.startswith("FFW")} == {"FFW adaptive, gamma 1"}
 
 
 def test_unbiased_digits_come_from_several_comparisons(tmp_path):
