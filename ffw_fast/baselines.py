@@ -64,6 +64,8 @@ def _read_by(model: nn.Module, name: str, sets: list[Samples]) -> list[Samples] 
     """What the layer reads (n, D) as samples of their own; None if it is not one linear layer that gives the answer."""
     network = copy.deepcopy(model).eval()
     layer = network.get_submodule(name)
+    if type(layer) is not nn.Linear:
+        return None
     seen: list[tuple[Tensor, Tensor]] = []
     layer.register_forward_hook(lambda _layer, inputs, output: seen.append((inputs[0], output)))
     device = next(network.parameters()).device
@@ -73,7 +75,7 @@ def _read_by(model: nn.Module, name: str, sets: list[Samples]) -> list[Samples] 
         for batch in samples.x.split(EVALUATION_BATCH):
             seen.clear()
             logits = network(batch.to(device))
-            if type(layer) is not nn.Linear or len(seen) != 1 or seen[0][1] is not logits or seen[0][0].dim() != 2:
+            if len(seen) != 1 or seen[0][1] is not logits or logits.dim() != 2:
                 return None
             read.append(seen[0][0])
         found.append(samples.to(device)._replace(x=torch.cat(read)))

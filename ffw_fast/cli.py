@@ -4,6 +4,7 @@ import argparse
 import importlib
 import json
 import os
+import select
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -71,9 +72,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             code = options.command(options)
             sys.stdout.flush()  # where nobody reads any more it fails here, and not at exit
             return code
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return READER_GONE
     except KeyboardInterrupt as interrupt:
         if not is_first():
             return exit_code(interrupt)
@@ -81,11 +79,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"ffw-fast: {what}{_what_is_left(options)}", file=sys.stderr)
         return exit_code(interrupt)
     except ERRORS as error:
+        if isinstance(error, BrokenPipeError) and _nobody_reads():
+            return READER_GONE
         if options.traceback:
             raise
         if is_first() or isinstance(error, ProcessLost):
             print(f"ffw-fast: error: {error}", file=sys.stderr)
         return 2
+
+
+def _nobody_reads() -> bool:
+    """Whether the reader of standard output has gone; what is still to be written then goes nowhere."""
+    if not hasattr(select, "poll"):  # Windows
+        return False
+    output = sys.stdout.fileno()
+    poll = select.poll()
+    poll.register(output, select.POLLOUT)
+    if not any(event & (select.POLLERR | select.POLLHUP) for _output, event in poll.poll(0)):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), output)
+    return True
 
 
 def _with_workload(arguments: list[str]) -> list[str]:

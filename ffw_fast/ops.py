@@ -87,10 +87,11 @@ def check_apart(name: str, arguments: Sequence[Any]) -> None:
     Raises:
         ValueError: the names of two that do.
     """
-    given = list(zip(_arguments(name), arguments, strict=False))
-    tensors = [(known.name, value) for known, value in given if isinstance(value, Tensor)]
-    changed = {known.name for known, _value in given if known.is_write}
-    spans = {one: _dense_span(tensor) for one, tensor in tensors} if changed else {}
+    names, changed = _arguments(name)
+    if not changed:
+        return
+    tensors = [(one, value) for one, value in zip(names, arguments, strict=False) if isinstance(value, Tensor)]
+    spans = {one: _dense_span(tensor) for one, tensor in tensors}
     for one, other in itertools.combinations(sorted(spans, key=lambda one: one not in changed), 2):
         (start, end), (other_start, other_end) = spans[one], spans[other]
         if one in changed and start < other_end and other_start < end:
@@ -98,9 +99,10 @@ def check_apart(name: str, arguments: Sequence[Any]) -> None:
 
 
 @functools.cache
-def _arguments(name: str) -> tuple[Any, ...]:
-    """The operator's arguments, as its schema tells them."""
-    return tuple(getattr(torch.ops.ffw_fast, name).default._schema.arguments)
+def _arguments(name: str) -> tuple[list[str], set[str]]:
+    """The names of the operator's arguments, and of those that it changes in place, as its schema tells them."""
+    arguments = getattr(torch.ops.ffw_fast, name).default._schema.arguments
+    return [known.name for known in arguments], {known.name for known in arguments if known.is_write}
 
 
 def _dense_span(tensor: Tensor) -> tuple[int, int]:

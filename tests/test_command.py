@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from ffw_fast.cli import main
+
 ROOT = Path(__file__).parents[1]
 ENTRY = [sys.executable, "-c", "import sys, ffw_fast_command; sys.exit(ffw_fast_command.main())"]
 
@@ -66,9 +68,20 @@ def test_an_interrupt_while_pytorch_is_imported_is_no_traceback(tmp_path):
 
 
 @pytest.mark.skipif(os.name != "posix", reason="pipes of POSIX")
-def test_a_reader_that_has_gone_is_no_error():
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_reader_that_has_gone_is_no_error(unbuffered):
     reader, writer = os.pipe()
     os.close(reader)
-    done = subprocess.run([*ENTRY, "info"], cwd=ROOT, stdout=writer, stderr=subprocess.PIPE, text=True, check=False)
+    environment = os.environ | {"PYTHONUNBUFFERED": unbuffered}
+    done = subprocess.run([*ENTRY, "info"], env=environment, cwd=ROOT, stdout=writer, stderr=subprocess.PIPE, text=True)
     os.close(writer)
     assert (done.returncode, done.stderr) == (141, "")
+
+
+def test_a_broken_pipe_that_is_not_the_output_is_an_error(monkeypatch, capfd):
+    def broken() -> None:
+        raise BrokenPipeError(32, "a worker's pipe is broken")
+
+    monkeypatch.setattr("ffw_fast.cli.backend_info", broken)
+    assert main(["info"]) == 2
+    assert "a worker's pipe is broken" in capfd.readouterr().err
