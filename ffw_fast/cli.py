@@ -15,7 +15,8 @@ from typing import Any, TypeAlias
 
 from ffw_fast.backend import backend_info
 from ffw_fast.benchmarks import BENCHES
-from ffw_fast.compare import all_settings, compare, comparison_table
+from ffw_fast.compare import all_settings, compare
+from ffw_fast.comparison import comparison_lines, cost_columns, outcome_columns
 from ffw_fast.distributed import ProcessLost, is_first, started_by_torchrun
 from ffw_fast.engines import Engine, LocalProcesses, RayCluster
 from ffw_fast.export import FORMATS, export
@@ -36,8 +37,10 @@ from ffw_fast.run_state import CHECKPOINT
 from ffw_fast.schedule import SCHEDULES
 from ffw_fast.settings import METHODS, PRECISIONS
 from ffw_fast.sizes import SIZES, compare_sizes, sizes_table
-from ffw_fast.summary import metrics_table, print_table
-from ffw_fast.sweep import FINISHED, TABLE, Trial, sweep, sweep_table, trial_name
+from ffw_fast.summary import metrics_table
+from ffw_fast.sweep import Trial, sweep, trial_name
+from ffw_fast.sweep_table import FINISHED, TABLE, sweep_lines
+from ffw_fast.tables import print_table
 from ffw_fast.version import __version__
 from ffw_fast.workloads import WORKLOADS, Workload
 
@@ -394,7 +397,7 @@ def _run(options: argparse.Namespace) -> int:
     print_table(metrics_table(metrics, tuple(metrics["bias_names"]), workload.num_bias_classes))
     stages = ", ".join(f"{stage} {describe_time(seconds)}" for stage, seconds in metrics["stages"].items())
     print(f"{metrics['epochs']} epochs; {stages}")
-    _report_run(options.out)
+    _write_report(options.out)
     print(f"run folder: {options.out}")
     return 0
 
@@ -409,7 +412,8 @@ def _sweep(options: argparse.Namespace) -> int:
     workload = WORKLOADS[options.workload]
     failed = [row for row in rows if row["status"] != FINISHED]
     if len(failed) < len(rows):
-        print_table(sweep_table(rows, workload.bias_names))
+        print_table(sweep_lines(rows, workload.bias_names).as_table())
+        _write_report(out)
     print(f"table of all settings: {out / TABLE}")
     for row in failed:
         print(f"ffw-fast: error: {row['trial']}: {row['status']}", file=sys.stderr)
@@ -442,8 +446,8 @@ def _engine(options: argparse.Namespace, trials: int) -> Iterator[Engine]:
     yield LocalProcesses(processes, options.threads or max(1, cores // processes), options.retries)
 
 
-def _report_run(out: str) -> None:
-    """Write the report of a run that has just ended, or say what it needs."""
+def _write_report(out: str | Path) -> None:
+    """Write the report of what has just ended, or say what it needs."""
     try:
         print(f"report: {write_report(out)}")
     except ImportError as error:
@@ -456,7 +460,10 @@ def _compare(options: argparse.Namespace) -> int:
     settings = all_settings(options.methods, options.schedules, options.gammas, granularities)
     with make_progress(not options.quiet) as progress:
         rows = compare(request, options.seeds, settings, progress)
-    print_table(comparison_table(rows, request.workload.bias_names))
+    title = f"unbiased test set, mean and standard deviation over {max(map(len, rows.values()))} seeds"
+    columns = [*outcome_columns(request.workload.bias_names), *cost_columns()]
+    print_table(comparison_lines(title, rows, columns).as_table())
+    _write_report(options.out)
     return 0
 
 
@@ -518,10 +525,10 @@ def _add_folder(parser: argparse.ArgumentParser) -> None:
 def _add_report(commands: Commands) -> None:
     report = commands.add_parser(
         "report",
-        help="write a page about a run: one HTML file that needs no network",
-        description="Writes report.html into a run folder. Needs the extra report.",
+        help="write a page about a run, comparison or sweep: one HTML file that needs no network",
+        description="Writes report.html into a folder of results. Needs the extra report.",
     )
-    report.add_argument("folder", metavar="DIR", help="a folder of ffw-fast run, or of Extraction.save")
+    report.add_argument("folder", metavar="DIR", help="of ffw-fast run, compare or sweep, or of Extraction.save")
     report.set_defaults(command=_report)
 
 

@@ -10,29 +10,25 @@ from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property, partial
 from itertools import product
 from pathlib import Path
-from statistics import mean, stdev
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
-from rich.table import Table
 from torch import nn
 
 from ffw_fast.baselines import MAGNITUDE_SPARSITIES, prune_by_magnitude, refit_last_layer, train_on_unbiased
 from ffw_fast.compact import compact
+from ffw_fast.comparison import RESULTS, Comparison, Rows, read_comparison
 from ffw_fast.data.samples import Inputs, Splits
 from ffw_fast.extract import extract
 from ffw_fast.extraction import Extraction, sparsity
-from ffw_fast.files import DamagedFileError, read_json, write_json
 from ffw_fast.progress import Progress
-from ffw_fast.run import Request, check_folder, extraction_task, leakage, trained_vanilla
+from ffw_fast.run import Request, check_folder, extraction_task, how_made, leakage, trained_vanilla
 from ffw_fast.run_lock import locked
 from ffw_fast.run_state import check_same_run
 from ffw_fast.settings import Settings
 
 BASELINE_STEPS = 3600  # of the baselines that train on the unbiased set; the best epoch by validation is kept
-RESULTS = "compare.json"
 UNDER_WAY = "under-way"  # in a seed's folder: checkpoints of its extractions until all its rows are there
-Rows: TypeAlias = dict[str, list[dict[str, Any]]]  # method -> one row of metrics a seed
 
 
 @dataclass(frozen=True)
@@ -69,6 +65,7 @@ def compare(request: Request, seeds: list[int], settings: list[Setting], progres
 def _compare(request: Request, seeds: list[int], settings: list[Setting], progress: Progress) -> Rows:
     path, identity = request.out / RESULTS, _identity(request)
     rows = _kept_rows(path, identity)
+    comparison = Comparison(identity, rows, how_made(request))
     for seed in seeds:
         ours = replace(request, seed=seed, out=request.out / f"seed-{seed}")
         ours.out.mkdir(parents=True, exist_ok=True)
@@ -94,7 +91,7 @@ def _compare(request: Request, seeds: list[int], settings: list[Setting], progre
             )
             row |= {"seconds": seconds, "epochs": made.epochs, "needs": made.needs}
             done.append({"seed": seed, **row, "macs": macs(network, splits.test.x)})
-            write_json(path, {"identity": identity, "methods": rows})
+            comparison.write(path)
         shutil.rmtree(ours.out / UNDER_WAY, ignore_errors=True)
     return rows
 
@@ -103,11 +100,9 @@ def _kept_rows(path: Path, identity: dict[str, Any]) -> Rows:
     """What an earlier call has computed."""
     if not path.exists():
         return {}
-    kept = read_json(path)
-    if not isinstance(kept.get("identity"), dict) or not isinstance(kept.get("methods"), dict):
-        raise DamagedFileError(f"{path} is damaged, or no comparison: it must hold identity and methods")
-    check_same_run(f"{path} holds another comparison; take another folder", kept["identity"], identity)
-    return kept["methods"]
+    kept = read_comparison(path)
+    check_same_run(f"{path} holds another comparison; take another folder", kept.identity, identity)
+    return kept.rows
 
 
 def _identity(request: Request) -> dict[str, Any]:
@@ -227,46 +222,6 @@ def macs(network: nn.Module, x: Inputs) -> int | None:
     with FlopCounterMode(display=False) as counter:
         small(example[:1])
     return counter.get_total_flops() // 2
-
-
-def comparison_table(rows: dict[str, list[dict[str, Any]]], bias_names: tuple[str, ...]) -> Table:
-    """Mean and standard deviation over seeds of every method."""
-    seeds = max(len(found) for found in rows.values())
-    table = Table(title=f"unbiased test set, mean and standard deviation over {seeds} seeds")
-    table.add_column("network")
-    for column in ("task accuracy", "worst group\nof a bias", *(f"{name}\nread by a head" for name in bias_names)):
-        table.add_column(column, justify="right")
-    several = len(bias_names) > 1
-    if several:
-        table.add_column("mean of the\ncells", justify="right")
-    for column in ("sparsity", "MACs", "epochs", "seconds"):
-        table.add_column(column, justify="right")
-    table.add_column("labelled data")
-    for name, found in rows.items():
-        biases = [spread([row["bias_accuracy"][index] for row in found]) for index in range(len(bias_names))]
-        table.add_row(
-            name,
-            spread([row["task_accuracy"] for row in found]),
-            spread([min(row["groups"]["bias_worst_group"]) for row in found]),
-            *biases,
-            *([spread([mean(row["groups"]["cells"].values()) for row in found])] if several else []),
-            f"{mean(row['sparsity'] for row in found):.2f}",
-            _mean_macs(found),
-            f"{mean(row['epochs'] for row in found):.0f}",
-            f"{mean(row['seconds'] for row in found):.0f}",
-            found[0].get("needs", "-"),
-        )
-    return table
-
-
-def _mean_macs(found: list[dict[str, Any]]) -> str:
-    counts = [row["macs"] for row in found if row.get("macs") is not None]
-    return f"{mean(counts):,.0f}" if counts else "-"
-
-
-def spread(values: list[float]) -> str:
-    """Mean and standard deviation."""
-    return f"{mean(values):.3f} ± {stdev(values):.3f}" if len(values) > 1 else f"{values[0]:.3f}"
 
 
 def all_settings(

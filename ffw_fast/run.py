@@ -396,6 +396,13 @@ def _config(request: Request) -> dict[str, Any]:
         "settings": request.settings.as_dict(),
         "guess_bias": request.guess_bias,
         "without_val": request.without_val,
+        **how_made(request),
+    }
+
+
+def how_made(request: Request) -> dict[str, Any]:
+    """Of which software on which machine."""
+    return {
         "device": request.device or "cpu",
         "versions": {"ffw_fast": __version__, "torch": torch.__version__, "python": platform.python_version()},
         "machine": {

@@ -1,25 +1,12 @@
-"""The closing table of a run, and how tables are printed."""
+"""The closing table of a run."""
 
-import sys
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from rich import box
-from rich.console import Console
 from rich.table import Table
 
-NETWORKS = ("vanilla", "pruned", "best")
-PIPE_WIDTH = 200
-
-
-def print_table(table: Table) -> None:
-    """On standard output; where it is no terminal, in plain characters and so wide that nothing is folded."""
-    if sys.stdout.isatty():
-        Console().print(table)
-        return
-    table.box = box.ASCII
-    Console(width=PIPE_WIDTH).print(table)
+from ffw_fast.run_folder import NETWORKS
 
 
 def metrics_table(metrics: dict[str, Any], bias_names: tuple[str, ...], num_bias_classes: int) -> Table:

@@ -4,7 +4,6 @@ Every setting is a run folder of its own, as ``ffw-fast run`` makes it, so whate
 networks are trained once each, before the extractions, and shared. What is finished is never run again.
 """
 
-import csv
 import re
 import shutil
 from collections.abc import Sequence
@@ -13,23 +12,17 @@ from dataclasses import dataclass
 from hashlib import blake2b
 from json import dumps
 from pathlib import Path
-from statistics import mean
 from typing import Any
 
-from rich.table import Table
-
-from ffw_fast.compare import spread
 from ffw_fast.engines import Engine, Job
 from ffw_fast.extraction import METRICS
-from ffw_fast.files import read_json, written_whole
+from ffw_fast.files import read_json
 from ffw_fast.progress import Progress
 from ffw_fast.run import VANILLA, VANILLA_RECORD, Request, is_finished, vanilla_identity
-from ffw_fast.summary import NETWORKS
+from ffw_fast.run_folder import NETWORKS
+from ffw_fast.sweep_table import FINISHED, NOT_RUN, TABLE, Row, short, write_sweep
 
-TABLE = "sweep.csv"
 VANILLA_FOLDER = "vanilla"
-FINISHED = "finished"
-Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -69,11 +62,6 @@ def trial_name(varied: dict[str, Any]) -> str:
     return "_".join(parts) or "run"
 
 
-def short(value: Any) -> str:
-    """As short as it is exact: 3.0 is 3."""
-    return f"{value:g}" if isinstance(value, float) and float(f"{value:g}") == value else str(value)
-
-
 def sweep(out: Path, trials: Sequence[Trial], engine: Engine, progress: Progress) -> list[Row]:
     """Run all trials that are not finished; one row each, in the order of the grid, which ``sweep.csv`` holds too.
 
@@ -92,11 +80,11 @@ def sweep(out: Path, trials: Sequence[Trial], engine: Engine, progress: Progress
         status |= _share_vanilla(out, open_trials, engine, progress)
         jobs = [trial.job() for trial in open_trials if not status[trial.request.out]]
         progress.stage(f"sweep of {len(trials)} settings", len(jobs))
-        _write_table(out, trials, status)
+        write_sweep(out / TABLE, rows_of(trials, status))
         with closing(engine.run(jobs)) as outcomes:
             for done, (job, failure) in enumerate(outcomes, 1):
                 status[job.folder] = failure or FINISHED
-                _write_table(out, trials, status)
+                write_sweep(out / TABLE, rows_of(trials, status))
                 progress.tick(done, f"{job.folder.name}: {failure or 'finished'}")
     return rows_of(trials, status)
 
@@ -136,7 +124,7 @@ def rows_of(trials: Sequence[Trial], status: dict[Path, str]) -> list[Row]:
 
 
 def _row(trial: Trial, status: str) -> Row:
-    row: Row = {"trial": trial.name, **trial.varied, "status": status or "not run"}
+    row: Row = {"trial": trial.name, **trial.varied, "status": status or NOT_RUN}
     if status != FINISHED:
         return row
     metrics = read_json(trial.request.out / METRICS)
@@ -149,41 +137,3 @@ def _row(trial: Trial, status: str) -> Row:
             row[f"{network}_bias_mi_{index + 1}"] = measured["bias_mi"][index]
         row[f"{network}_sparsity"] = measured["sparsity"]
     return {**row, "epochs": metrics["epochs"], "seconds": metrics["seconds"]}
-
-
-def _write_table(out: Path, trials: Sequence[Trial], status: dict[Path, str]) -> None:
-    rows = rows_of(trials, status)
-    with written_whole(out / TABLE) as path, path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(dict.fromkeys(column for row in rows for column in row)))
-        writer.writeheader()
-        writer.writerows(rows)
-
-
-def sweep_table(rows: Sequence[Row], bias_names: Sequence[str]) -> Table:
-    """Mean and standard deviation over seeds of the best networks of every other setting."""
-    table = Table(title="best networks on the unbiased test set, mean and standard deviation over seeds")
-    finished = [row for row in rows if row["status"] == FINISHED]
-    if not finished:
-        return table
-    varied = [name for name in list(rows[0])[1 : list(rows[0]).index("status")] if name != "seed"]
-    for column in (*varied, "seeds", "task accuracy", "worst group\nof a bias"):
-        table.add_column(column, justify="right")
-    for name in bias_names:
-        table.add_column(f"{name}\nread by a head", justify="right")
-    for column in ("sparsity", "epochs", "seconds"):
-        table.add_column(column, justify="right")
-    groups: dict[tuple, list[Row]] = {}
-    for row in finished:
-        groups.setdefault(tuple(row[name] for name in varied), []).append(row)
-    accuracies = ["best_task_accuracy", "best_worst_group"]
-    accuracies += [f"best_bias_accuracy_{index + 1}" for index, _ in enumerate(bias_names)]
-    for setting, members in groups.items():
-        table.add_row(
-            *(short(value) for value in setting),
-            str(len(members)),
-            *(spread([row[column] for row in members]) for column in accuracies),
-            f"{mean(row['best_sparsity'] for row in members):.2f}",
-            f"{mean(row['epochs'] for row in members):.0f}",
-            f"{mean(row['seconds'] for row in members):.0f}",
-        )
-    return table

@@ -5,7 +5,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from ffw_fast.figures.rows import Rows, groups
-from ffw_fast.figures.style import label_line, new_axes, new_figure, series_color
+from ffw_fast.figures.style import label_line, legend_below, new_axes, new_figure, series_color
 from ffw_fast.figures.sweeps import draw_spread, run_rows
 
 PANELS = {
@@ -44,6 +44,5 @@ def draw(rows: Rows) -> Figure:
         axes.set_ylim(0, 1.02)
     panels[2].set_ylim(bottom=0)
     label_line(panels[1], rows[0]["chance"], "chance", above=False)
-    handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower left", ncols=4, frameon=False, fontsize=8.5)
+    legend_below(figure, panels[0], columns=4)
     return figure

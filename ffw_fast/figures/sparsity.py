@@ -1,24 +1,28 @@
 """FFW against magnitude pruning over sparsity (Fig. 7 of the FFW paper)."""
 
+import re
 from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from ffw_fast.figures.comparisons import read_comparison
+from ffw_fast.comparison import read_comparison
+from ffw_fast.figures.comparisons import comparison_rows
 from ffw_fast.figures.rows import Rows, groups, spread
 from ffw_fast.figures.style import color, label_line, legend, new_axes, new_figure
 from ffw_fast.figures.sweeps import draw_spread
 
 FAMILIES = ("vanilla", "magnitude pruning", "FFW")
+BY_CHANNELS = re.compile("channel gates|BISE")
 
 
 def numbers(paths: list[Path]) -> Rows:
-    """One row for each method and seed, of the first path's comparison: vanilla, magnitude pruning and FFW.
+    """One row for each method and seed, of the first path's comparison: see ``of_sparsity``."""
+    return of_sparsity(comparison_rows(read_comparison(paths[0])))
 
-    Not FFW by channels, whose sparsity is a share of channels.
-    """
-    rows = [row for row in read_comparison(paths[0])[1] if row["family"] in FAMILIES]
-    return [row for row in rows if "channel gates" not in row["method"]]
+
+def of_sparsity(rows: Rows) -> Rows:
+    """Vanilla, magnitude pruning and FFW; not what prunes channels, whose sparsity is a share of these."""
+    return [row for row in rows if row["family"] in FAMILIES and not BY_CHANNELS.search(row["method"])]
 
 
 def draw(rows: Rows) -> Figure:

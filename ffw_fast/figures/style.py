@@ -93,6 +93,15 @@ def legend(axes: Axes, columns: int = 3) -> None:
     )  # fmt: skip
 
 
+def legend_below(figure: Figure, axes: Axes, columns: int) -> None:
+    """One for all panels, of what is drawn in one of them."""
+    handles, labels = axes.get_legend_handles_labels()
+    figure.legend(
+        handles, labels, loc="outside lower left", ncols=columns, labelcolor=color("ink"),
+        frameon=False, handlelength=1.4, fontsize=8.5,
+    )  # fmt: skip
+
+
 def label_line(axes: Axes, y: float, text: str, above: bool = True) -> None:
     """A thin dashed line at y, with what it is, above it or below."""
     axes.axhline(y, color=color("muted"), linewidth=0.8, linestyle=(0, (3, 3)))

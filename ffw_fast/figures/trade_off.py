@@ -5,7 +5,8 @@ from pathlib import Path
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from ffw_fast.figures.comparisons import read_comparison
+from ffw_fast.comparison import read_comparison
+from ffw_fast.figures.comparisons import comparison_rows
 from ffw_fast.figures.rows import Rows, groups, spread
 from ffw_fast.figures.style import color, new_axes, new_figure
 
@@ -20,7 +21,7 @@ HUES = {
 
 def numbers(paths: list[Path]) -> Rows:
     """One row for each method and seed, of the first path's comparison."""
-    return read_comparison(paths[0])[1]
+    return comparison_rows(read_comparison(paths[0]))
 
 
 def draw(rows: Rows) -> Figure:

@@ -4,9 +4,10 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from ffw_fast.figures.comparisons import read_comparison
+from ffw_fast.comparison import read_comparison
+from ffw_fast.figures.comparisons import comparison_rows
 from ffw_fast.figures.rows import Rows, groups
-from ffw_fast.figures.style import label_line, new_axes, new_figure, series_color
+from ffw_fast.figures.style import label_line, legend_below, new_axes, new_figure, series_color
 from ffw_fast.figures.sweeps import draw_spread
 
 LEFT_OUT = ("vanilla", "magnitude pruning")  # they do not use the unbiased set
@@ -16,10 +17,11 @@ def numbers(paths: list[Path]) -> Rows:
     """One row for each comparison, method and seed. ``ValueError`` where a comparison does not tell its digits."""
     rows: Rows = []
     for path in paths:
-        identity, found = read_comparison(path)
-        digits = (identity.get("data_options") or {}).get("unbiased_digits")
+        comparison = read_comparison(path)
+        digits = (comparison.identity.get("data_options") or {}).get("unbiased_digits")
         if digits is None:
             raise ValueError(f"the comparison in {path} was made without --unbiased-digits")
+        found = comparison_rows(comparison)
         rows += [{"unbiased_digits": digits, **row} for row in found if row["family"] not in LEFT_OUT]
     return rows
 
@@ -38,6 +40,5 @@ def draw(rows: Rows) -> Figure:
         axes.set_xticks(digits, [str(count) for count in digits])
         axes.minorticks_off()
     label_line(panels[1], rows[0]["chance"], "chance", above=False)
-    handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower left", ncols=3, frameon=False, fontsize=8.5, handlelength=1.4)
+    legend_below(figure, panels[0], columns=3)
     return figure

@@ -7,7 +7,7 @@ from ffw_fast.benchmarks import table8
 from ffw_fast.benchmarks.machine import Rates
 from ffw_fast.benchmarks.whole import run_whole, whole_table
 
-from ffw_fast.summary import print_table
+from ffw_fast.tables import print_table
 
 
 @pytest.fixture(autouse=True)
