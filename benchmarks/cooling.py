@@ -24,7 +24,7 @@ from ffw_fast.loop import Loop
 from ffw_fast.measure import accuracy
 from ffw_fast.schedule import judging_shift
 from ffw_fast.settings import Settings
-from ffw_fast.summary import print_table
+from ffw_fast.tables import print_table
 from ffw_fast.vanilla import train_vanilla
 from ffw_fast.workloads import WORKLOADS
 

@@ -32,7 +32,7 @@ from ffw_fast.backend import backend_info
 from ffw_fast.gates import GateKind
 from ffw_fast.loop import Loop
 from ffw_fast.optim import BETAS, EPS, WEIGHT_DECAY
-from ffw_fast.summary import print_table
+from ffw_fast.tables import print_table
 
 ROOT = Path(__file__).resolve().parents[1]
 TOLERANCE = 1e-3  # of the largest number, between a kernel and the plain-PyTorch one; no speed is told beyond it

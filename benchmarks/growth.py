@@ -26,7 +26,7 @@ from ffw_fast.data.samples import Samples
 from ffw_fast.loop import Loop
 from ffw_fast.models import MLP
 from ffw_fast.settings import Settings
-from ffw_fast.summary import print_table
+from ffw_fast.tables import print_table
 
 IMAGE = (3, 28, 28)
 CLASSES = 10

@@ -15,7 +15,7 @@ from pathlib import Path
 from ffw_fast.benchmarks import cuda_code
 from rich.table import Table
 
-from ffw_fast.summary import print_table
+from ffw_fast.tables import print_table
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from ffw_fast.benchmarks.operators import check_same, forward_or_both, layer_ten
 from rich.table import Table
 
 from ffw_fast.modules import MASKED_CLASSES
-from ffw_fast.summary import print_table
+from ffw_fast.tables import print_table
 
 SECONDS = 1.0  # that both sides of a layer are measured for
 FEWEST = 7  # turns

@@ -39,7 +39,7 @@ from ffw_fast.autograd import MutualInformation
 from ffw_fast.gates import GateKind, gate, gate_slope
 from ffw_fast.modules import MASKED_CLASSES, maskable_layers
 from ffw_fast.reference import StraightThroughGate
-from ffw_fast.summary import print_table
+from ffw_fast.tables import print_table
 
 PROVIDERS = ("ffw_fast", "eager", "compile")
 KIND = GateKind.FFW

@@ -32,7 +32,7 @@ from torch import Tensor
 from ffw_fast.distributed import Alone, Group, ShardedGroup
 from ffw_fast.loop import Loop
 from ffw_fast.settings import Settings
-from ffw_fast.summary import print_table
+from ffw_fast.tables import print_table
 
 HEAD_EPOCHS = 10  # of a fit
 STEP, NETWORK, GATES, HEADS = "a step", "  network", "  gates", "  heads"

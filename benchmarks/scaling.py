@@ -17,7 +17,7 @@ from ffw_fast.distributed import ShardedGroup
 from ffw_fast.gated_network import FlatGates
 from ffw_fast.gates import GateKind
 from ffw_fast.optim import GatedAdam
-from ffw_fast.summary import print_table
+from ffw_fast.tables import print_table
 
 FLOAT = 4  # bytes
 WHOLE = ("weight", "gated weight", "gradient")  # floats a gate that every process keeps ...

@@ -29,7 +29,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from ffw_fast.loop import Loop
 from ffw_fast.reference import Reference
 from ffw_fast.settings import Settings
-from ffw_fast.summary import print_table
+from ffw_fast.tables import print_table
 
 EPOCHS = 100  # of the gates; the published schedule took 92 to 160 on Multi-Color MNIST
 ADAPTIVE_STEPS = 2000  # of the gates at the default rate, 1e-4; Multi-Color MNIST took 1800 to 2040

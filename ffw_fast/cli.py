@@ -50,7 +50,7 @@ READER_GONE = 128 + 13  # the code of a process that SIGPIPE ends
 COMPACT = "compact.safetensors"
 EXTRACTION_OPTIONS = (
     "method", "gamma", "alpha", "gate", "granularity", "schedule", "anneal_rate", "max_epochs", "batch_size",
-    "precision", "where", "correlations", "aligned",
+    "precision", "where", "correlations", "aligned", "cache_augmented",
 )  # fmt: skip
 
 SINGLE = ("out", "data_dir", "device", "processes", "threads", "retries", "address")  # take one value in a sweep
@@ -216,6 +216,11 @@ def _own_parser(workloads: Commands) -> argparse.ArgumentParser:
     choose("--num-bias-classes", type=int, metavar="K", required=True, help="classes of each bias")
     choose("--weights", metavar="FILE", help="a state dict for the network, .safetensors or .pt (tensors alone)")
     choose("--bias-names", metavar="NAME", nargs="+", default=[], help="of the biases, for tables")
+    choose(
+        "--cache-augmented",
+        action="store_true",
+        help="with data that augment at random: each fit of the heads learns from one draw, read once",
+    )
     _add_common_options(parser, out="runs/own", batch_size=100)
     return parser
 

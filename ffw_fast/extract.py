@@ -41,6 +41,7 @@ def extract(
     where: str | None = None,
     correlations: Sequence[float] | None = None,
     aligned: Sequence[int] | None = None,
+    cache_augmented: bool = False,
     device: torch.device | str | None = None,
     run_dir: str | os.PathLike[str] | None = None,
     resume: bool = False,
@@ -69,7 +70,7 @@ def extract(
             with x float (n, ...), y (n,) and b (n,) or (n, biases), or a Dataset or DataLoader that yields
             ``(x, (y, b...))``, ``(x, y, b)`` or ``(index, x, y, attributes)``. What fits into memory and stays the same
             is read once and kept; else it is read in every pass, and where it augments at random the heads are
-            refitted without cached features.
+            refitted without cached features: see ``cache_augmented``.
         bottleneck: name of the module whose output is the features that must not tell the bias.
         num_bias_classes: K, the number of classes of each bias.
         method: "ffw" or "bise".
@@ -89,6 +90,8 @@ def extract(
         correlations: of BISE: for each bias the probability that it goes with the target in ``train``, strictly between
             0 and 1. Default: importance weights are counted from the labels.
         aligned: of BISE: the bias label that goes with each target. Default: the target's own number.
+        cache_augmented: with samples that are augmented at random, fit the heads on the features of one draw, computed
+            once a fit, and not of a new draw in every epoch of it: other results, in far fewer passes.
         device: where to run; default: where the model is.
         run_dir: a folder for checkpoints.
         resume: continue from the run folder's newest checkpoint.
@@ -124,6 +127,7 @@ def extract(
         where=where,
         correlations=correlations,
         aligned=aligned,
+        cache_augmented=cache_augmented,
     )
     if resume and run_dir is None:
         raise ValueError("resume needs run_dir, the folder that holds the checkpoint")

@@ -78,7 +78,7 @@ def finetune(
         best, best_accuracy = copy.deepcopy(network.state_dict()), reader.accuracy(val)
         for epoch in range(epochs):
             if gamma > 0:
-                heads.fit_on(train, reader.features)
+                heads.fit_on(train, reader.features, settings.cache_augmented)
             rows = epoch_order(len(train.y), settings.seed, FINETUNE_EPOCHS, epoch)
             for x, y, b in train.batches(rows, settings.batch_size):
                 optimizer.zero_grad()

@@ -92,13 +92,17 @@ class PrivateHeads:
             self._run_epochs(features, labels, torch.stack(rows), plateau)
         return self.epochs - start
 
-    def fit_on(self, samples: Samples, features_of: Callable[[Inputs], Tensor]) -> int:
+    def fit_on(self, samples: Samples, features_of: Callable[[Inputs], Tensor], one_draw: bool = False) -> int:
         """Train on the features (n, D) that a frozen network gives of the samples; epochs it took.
 
-        They are computed once. Where the samples are augmented at random, they are computed anew in every epoch.
+        They are computed once. Where the samples are augmented at random, they are computed anew in every epoch,
+        unless all epochs of this fit are to learn from ``one_draw``.
         """
         if not isinstance(samples.x, Stream) or not samples.augments:
             return self.fit(features_of(samples.x), samples.b)
+        if one_draw:
+            drawn = samples.in_order(epoch_order(len(samples.y), self.seed, HEAD_EPOCHS, self.epochs))
+            return self.fit(features_of(drawn.x), drawn.b)
         plateau, start = self._no_plateau(), self.epochs
         in_turn = torch.arange(len(samples.y)).unsqueeze(0)
         while not self._is_done(plateau, start):

@@ -196,7 +196,7 @@ class Loop:
 
     def _refit(self, heads: PrivateHeads) -> int:
         """Fit heads to a plateau on the features of the network as it is now. Epochs it took."""
-        epochs = heads.fit_on(self.train, self._features)
+        epochs = heads.fit_on(self.train, self._features, self.settings.cache_augmented)
         self.group.copy_(*(getattr(heads, name) for name in HEAD_STATE))
         return epochs
 

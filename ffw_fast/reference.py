@@ -281,20 +281,35 @@ class Reference:
     ) -> int:
         """Fit heads to a plateau: one forward pass of the network per head epoch. Epochs it took."""
         plateau = Plateau(private_heads.PLATEAU_THRESHOLD, private_heads.PLATEAU_PATIENCE)
-        start = self.head_epochs
+        start, train = self.head_epochs, self.drawn()
         while self.head_epochs - start < private_heads.MAX_EPOCHS:
-            if plateau.reached(self.head_epoch(heads, optimizer, masks)):
+            if plateau.reached(self.head_epoch(train, heads, optimizer, masks)):
                 break
         return self.head_epochs - start
 
+    def head_order(self) -> Tensor:
+        """The order of the next head epoch."""
+        return epoch_order(len(self.train.y), self.settings.seed, private_heads.HEAD_EPOCHS, self.head_epochs)
+
+    def drawn(self) -> Samples:
+        """What the heads learn from until they are fitted again: the training set, or one draw of it."""
+        if not (self.train.augments and self.settings.cache_augmented):
+            return self.train
+        stream, y, b = self.train.in_order(self.head_order())
+        return Samples(stream[:], y, b)
+
     def head_epoch(
-        self, heads: nn.ModuleList, optimizer: torch.optim.SGD, masks: dict[str, Tensor] | None = None
+        self,
+        train: Samples,
+        heads: nn.ModuleList,
+        optimizer: torch.optim.SGD,
+        masks: dict[str, Tensor] | None = None,
     ) -> float:
         """One pass over the training set, through the whole network; the mean loss of a head."""
-        rows = epoch_order(len(self.train.y), self.settings.seed, private_heads.HEAD_EPOCHS, self.head_epochs)
+        rows = self.head_order()
         self.head_epochs += 1
         total = 0.0
-        for x, _y, b in self.train.batches(rows, self.settings.batch_size):
+        for x, _y, b in train.batches(rows, self.settings.batch_size):
             with torch.no_grad():
                 features, _logits = self.forward(x, masks)
             optimizer.zero_grad()
@@ -366,8 +381,9 @@ class BiseReference(Reference):
         self, heads: nn.ModuleList, optimizer: torch.optim.SGD, masks: dict[str, Tensor] | None = None
     ) -> int:
         """A fixed number of epochs, each one pass of the network."""
+        train = self.drawn()
         for _ in range(bise.HEAD_EPOCHS):
-            self.head_epoch(heads, optimizer, masks)
+            self.head_epoch(train, heads, optimizer, masks)
         return bise.HEAD_EPOCHS
 
     def masks(self) -> dict[str, Tensor]:

@@ -38,6 +38,7 @@ class Settings:
     where: str | None = None
     correlations: tuple[float, ...] | None = None
     aligned: tuple[int, ...] | None = None
+    cache_augmented: bool = False
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
@@ -54,6 +55,8 @@ class Settings:
         for name, least in (("num_bias_classes", 2), ("max_epochs", 1), ("batch_size", 1)):
             _check_integer(name, getattr(self, name), least)
         check_seed(self.seed)
+        if not isinstance(self.cache_augmented, bool):
+            raise TypeError(f"cache_augmented must be True or False, got {self.cache_augmented!r}")
         self._check_bise()
         if self.schedule not in SCHEDULES:
             raise ValueError(f"unknown schedule {self.schedule!r}; known schedules: {', '.join(SCHEDULES)}")

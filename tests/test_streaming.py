@@ -87,6 +87,24 @@ def test_augmented_data_is_held_to_the_reference_without_cached_features(draw, c
     assert torch.equal(scores_of(again), ours)
 
 
+@pytest.mark.parametrize("method", ["ffw", "bise"])
+def test_heads_learn_from_one_draw_a_fit_where_that_is_asked_for(method):
+    train, val = Items(samples(40), DRAWS["torch"]), samples(20, seed=1)
+    options = arguments(method=method, cache_augmented=True, gate=None, schedule=None, max_epochs=11)
+    found = ffw_fast.extract(network(), train, val, **options)
+    reads, train.reads = train.reads, 0
+    anew = ffw_fast.extract(network(), train, val, **{**options, "cache_augmented": False})
+    head_epochs = sum(row.get("head_epochs", 0) for row in anew.history)
+    assert reads + 40 * head_epochs / 2 < train.reads
+    assert not torch.equal(scores_of(found), scores_of(anew)), "another draw, another result"
+    plain = reference.extract(network(), train, val, **options)
+    ours, theirs = scores_of(found), scores_of(plain)
+    assert not (ours - theirs).norm() > 1e-3 * theirs.norm()
+    kept = ffw_fast.extract(network(), train.data, val, **options)
+    assert torch.equal(scores_of(kept), scores_of(ffw_fast.extract(network(), train.data, val, **arguments(
+        method=method, gate=None, schedule=None, max_epochs=11)))), "nothing to do where samples stay the same"  # fmt: skip
+
+
 def test_draws_depend_on_the_order_alone_and_not_on_workers_or_minibatches():
     data = Items(samples(30), DRAWS["torch"])
     loaders = [DataLoader(data, batch_size=4, num_workers=workers) for workers in (0, 2)]

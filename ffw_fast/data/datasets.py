@@ -64,7 +64,7 @@ def stream_note(samples: Samples, name: str) -> str | None:
         return None
     count = f"{name}: {len(samples.y)} samples"
     if samples.augments:
-        return f"{count} that are augmented at random, read anew in every pass; features are not cached"
+        return f"{count} that are augmented at random, read anew in every pass"
     size = describe_bytes(samples.x.shape.numel() * samples.x.dtype.itemsize)
     return f"{count} that take {size}, more than there is room for, read anew in every pass"
 

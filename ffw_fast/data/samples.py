@@ -29,6 +29,12 @@ class Samples(NamedTuple):
         """Whether an input may change from one reading to the next, so that nothing made of it may be cached."""
         return isinstance(self.x, Stream) and self.x.augments
 
+    def in_order(self, order: Tensor) -> "Samples":
+        """The samples of these rows, in their order."""
+        rows = order.to(self.y.device)
+        x = self.x.in_order(order) if isinstance(self.x, Stream) else self.x[rows]
+        return Samples(x, self.y[rows], self.b[rows])
+
     def batches(self, order: Tensor, size: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Minibatches (x, y, b) of ``size`` samples in the given order of rows; the short last one is kept."""
         parts = order.to(self.y.device).split(size)
