@@ -18,6 +18,7 @@ from ffw_fast.benchmarks import BENCHES
 from ffw_fast.compare import all_settings, compare
 from ffw_fast.comparison import comparison_lines, cost_columns, outcome_columns
 from ffw_fast.distributed import ProcessLost, is_first, started_by_torchrun
+from ffw_fast.early_stopping import METRICS, SCHEDULERS, RayTune
 from ffw_fast.engines import Engine, LocalProcesses, RayCluster
 from ffw_fast.export import FORMATS, export
 from ffw_fast.figures import FIGURES, make_figure
@@ -29,7 +30,7 @@ from ffw_fast.modules import GRANULARITIES
 from ffw_fast.own import NAME as OWN
 from ffw_fast.own import TITLE as OWN_TITLE
 from ffw_fast.own import options_in_file, own_workload
-from ffw_fast.progress import describe_time, make_progress
+from ffw_fast.progress import EpochLines, describe_time, make_progress
 from ffw_fast.report import write_report
 from ffw_fast.run import VANILLA_CHECKPOINTS, Request, check_folder, load_run, prepare_vanilla, run_workload
 from ffw_fast.run_lock import locked
@@ -39,7 +40,7 @@ from ffw_fast.settings import METHODS, PRECISIONS
 from ffw_fast.sizes import SIZES, compare_sizes, sizes_table
 from ffw_fast.summary import metrics_table
 from ffw_fast.sweep import Trial, sweep, trial_name
-from ffw_fast.sweep_table import FINISHED, TABLE, sweep_lines
+from ffw_fast.sweep_table import TABLE, failed_trials, finished_trials, sweep_lines
 from ffw_fast.tables import print_table
 from ffw_fast.version import __version__
 from ffw_fast.workloads import WORKLOADS, Workload
@@ -53,8 +54,9 @@ EXTRACTION_OPTIONS = (
     "precision", "where", "correlations", "aligned", "cache_augmented",
 )  # fmt: skip
 
-SINGLE = ("out", "data_dir", "device", "processes", "threads", "retries", "address")  # take one value in a sweep
-NO_SETTING = ("out", "processes", "threads", "retries", "ray", "address", "quiet")  # of a sweep, not of its runs
+ENGINE = ("processes", "threads", "retries", "ray", "address", "scheduler", "metric", "grace")  # where a sweep runs
+SINGLE = ("out", "data_dir", "device", *ENGINE)  # take one value in a sweep
+NO_SETTING = ("out", "quiet", *ENGINE)  # of a sweep, not of its runs
 
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
@@ -202,6 +204,7 @@ def _add_run_options(parser: argparse.ArgumentParser) -> None:
     )
     choose("--shard", action="store_true", help="on several processes: each keeps the state of its share of the gates")
     parser.add_argument("--vanilla-only", action="store_true", help="train the biased network and stop there")
+    choose("--log-epochs", metavar="FILE", help="append the row of every epoch of the extraction to it, as JSON lines")
     parser.set_defaults(command=_run)
 
 
@@ -297,6 +300,13 @@ def _add_sweep(commands: Commands) -> None:
         add("--retries", int, 2, "N", "how often one that was killed is taken up again")
         engine.add_argument("--ray", action="store_true", help="run on Ray, a local one unless --address names another")
         engine.add_argument("--address", help="of a Ray cluster whose machines share the folder, such as auto")
+        engine.add_argument(
+            "--scheduler", choices=SCHEDULERS, help="on Ray: end settings early by this scheduler of Ray Tune"
+        )
+        engine.add_argument(
+            "--metric", choices=METRICS, default="val_task_accuracy", help=f"what the scheduler compares {DEFAULT}"
+        )
+        add("--grace", int, 10, "N", "epochs that the scheduler gives every setting")
         accept_grids(parser, SINGLE)
         parser.set_defaults(command=_sweep, parser=parser)
 
@@ -396,7 +406,10 @@ def _run(options: argparse.Namespace) -> int:
             prepare_vanilla(request, make_progress(not options.quiet))
         return 0
     with started_by_torchrun(request.device) as device:
-        metrics = run_workload(replace(request, device=device), make_progress(is_first() and not options.quiet))
+        progress = make_progress(is_first() and not options.quiet)
+        if options.log_epochs and is_first():
+            progress = EpochLines(progress, options.log_epochs)
+        metrics = run_workload(replace(request, device=device), progress)
     if not is_first():
         return 0
     print_table(metrics_table(metrics, tuple(metrics["bias_names"]), workload.num_bias_classes))
@@ -415,8 +428,8 @@ def _sweep(options: argparse.Namespace) -> int:
     with locked(out), _engine(options, len(trials)) as engine:
         rows = sweep(out, trials, engine, make_progress(not options.quiet))
     workload = WORKLOADS[options.workload]
-    failed = [row for row in rows if row["status"] != FINISHED]
-    if len(failed) < len(rows):
+    failed = failed_trials(rows)
+    if finished_trials(rows):
         print_table(sweep_lines(rows, workload.bias_names).as_table())
         _write_report(out)
     print(f"table of all settings: {out / TABLE}")
@@ -434,13 +447,15 @@ def _trial(out: Path, workload: str, varied: dict[str, Any], arguments: list[str
 @contextmanager
 def _engine(options: argparse.Namespace, trials: int) -> Iterator[Engine]:
     """Where the sweep's commands run."""
-    for name, least in (("processes", 1), ("threads", 1), ("retries", 0)):
+    for name, least in (("processes", 1), ("threads", 1), ("retries", 0), ("grace", 1)):
         value = getattr(options, name)
         if value is not None and value < least:
             raise ValueError(f"{name} must be at least {least}, got {value}")
-    if options.ray or options.address is not None:
+    if options.ray or options.address is not None or options.scheduler is not None:
         gpus = int((options.device or "cpu").startswith("cuda"))
-        cluster = RayCluster(options.address, options.threads or 1, gpus, options.retries)
+        place = (options.address, options.threads or 1, gpus, options.retries)
+        watch = {"scheduler": options.scheduler, "metric": options.metric, "grace": options.grace}
+        cluster = RayCluster(*place) if options.scheduler is None else RayTune(*place, **watch)
         try:
             yield cluster
         finally:

@@ -9,7 +9,7 @@ import sys
 import time
 import traceback
 from collections import deque
-from collections.abc import Generator, Sequence
+from collections.abc import Collection, Generator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -28,10 +28,12 @@ class Job:
     Attributes:
         arguments: of ``ffw-fast``; they name ``folder`` and ask to resume.
         folder: where it works, and where its log is kept.
+        epochs: of an extraction at most; None for a job that makes none.
     """
 
     arguments: tuple[str, ...]
     folder: Path
+    epochs: int | None = None
     attempt: int = 0
 
 
@@ -65,7 +67,7 @@ class LocalProcesses:
             while waiting or running:
                 while waiting and len(running) < self._processes:
                     job = waiting.popleft()
-                    running[self._start(job)] = job
+                    running[start_process(job, self._environment)] = job
                 ended = [process for process in running if process.poll() is not None]
                 for process in ended:
                     job = running.pop(process)
@@ -76,26 +78,32 @@ class LocalProcesses:
                 if not ended:
                     time.sleep(POLL_SECONDS)
         finally:
-            for process in running:
-                process.terminate()  # it leaves a checkpoint
-            for process in running:
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    process.wait(ENDING_SECONDS)
-                process.kill()
-                process.wait()
+            end_processes(running)
 
-    def _start(self, job: Job) -> "subprocess.Popen[bytes]":
-        """The job's process, in a session of its own: Ctrl-C is for us, and its checkpoint outlives a kill."""
-        job.folder.mkdir(parents=True, exist_ok=True)
-        with (job.folder / LOG).open("ab") as log:
-            return subprocess.Popen(
-                [sys.executable, "-m", "ffw_fast", *job.arguments],
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                env=self._environment,
-                start_new_session=True,
-            )
+
+def start_process(job: Job, environment: dict[str, str]) -> "subprocess.Popen[bytes]":
+    """The job's process, in a session of its own: Ctrl-C is for us, and its checkpoint outlives a kill."""
+    job.folder.mkdir(parents=True, exist_ok=True)
+    with (job.folder / LOG).open("ab") as log:
+        return subprocess.Popen(
+            [sys.executable, "-m", "ffw_fast", *job.arguments],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            env=environment,
+            start_new_session=True,
+        )
+
+
+def end_processes(processes: Collection["subprocess.Popen[bytes]"]) -> None:
+    """Let all leave a checkpoint and end, and kill those that take too long."""
+    for process in processes:
+        process.terminate()
+    for process in processes:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(ENDING_SECONDS)
+        process.kill()
+        process.wait()
 
 
 class RayCluster:

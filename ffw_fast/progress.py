@@ -1,8 +1,11 @@
 """What a run shows while it works: a live display on a terminal, plain lines elsewhere, both on standard error."""
 
+import json
+import os
 import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, Self, TextIO
 
 from rich.console import Console, RenderableType
@@ -51,6 +54,22 @@ class Progress:
     def epoch(self, row: dict[str, Any]) -> None:
         """An epoch of the extraction has ended; its row of the history."""
         self.tick(row["epoch"], describe_epoch(row))
+
+
+class EpochLines(Progress):
+    """Hands everything on to another one, and appends the row of every epoch to a file, as a line of JSON."""
+
+    def __init__(self, shown: Progress, file: str | os.PathLike[str]) -> None:
+        self._shown, self._file = shown, Path(file)
+        self.show, self.hide, self.note = shown.show, shown.hide, shown.note  # type: ignore[method-assign]
+        self.stage, self.tick = shown.stage, shown.tick  # type: ignore[method-assign]
+        self._file.parent.mkdir(parents=True, exist_ok=True)
+        self._file.touch()  # what cannot be written is found out before any work
+
+    def epoch(self, row: dict[str, Any]) -> None:
+        self._shown.epoch(row)
+        with self._file.open("a") as file:
+            print(json.dumps(row), file=file)
 
 
 class StageClock:

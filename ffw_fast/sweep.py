@@ -8,7 +8,7 @@ import re
 import shutil
 from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import blake2b
 from json import dumps
 from pathlib import Path
@@ -46,7 +46,7 @@ class Trial:
 
     def job(self) -> Job:
         """Its extraction."""
-        return self._job(self.request.out, ())
+        return replace(self._job(self.request.out, ()), epochs=self.request.settings.max_epochs)
 
     def vanilla_job(self, folder: Path) -> Job:
         """The training of its biased network alone."""

@@ -11,7 +11,8 @@ from ffw_fast.files import DamagedFileError, read_text, written_whole
 from ffw_fast.tables import Lines, spread
 
 TABLE = "sweep.csv"
-FINISHED, NOT_RUN = "finished", "not run"  # a status; any other is why the trial failed
+FINISHED, NOT_RUN = "finished", "not run"  # a status
+STOPPED = "stopped early"  # how the status of a trial begins that a scheduler ended; any other is why it failed
 Row: TypeAlias = dict[str, Any]  # "trial", the options that vary, "status", and what a finished trial measured
 
 
@@ -60,6 +61,10 @@ def varied_options(rows: Sequence[Row]) -> list[str]:
 
 def finished_trials(rows: Sequence[Row]) -> list[Row]:
     return [row for row in rows if row["status"] == FINISHED]
+
+
+def failed_trials(rows: Sequence[Row]) -> list[Row]:
+    return [row for row in rows if row["status"] not in (FINISHED, NOT_RUN) and not row["status"].startswith(STOPPED)]
 
 
 def sweep_lines(rows: Sequence[Row], bias_names: Sequence[str]) -> Lines:

@@ -5,7 +5,7 @@ from pathlib import Path
 from ffw_fast.figures import figure_module
 from ffw_fast.report.page import Picture, asked, origin, picture, render
 from ffw_fast.run_folder import REPORT, find_runs
-from ffw_fast.sweep_table import FINISHED, NOT_RUN, TABLE, finished_trials, read_sweep, sweep_lines, varied_options
+from ffw_fast.sweep_table import TABLE, failed_trials, finished_trials, read_sweep, sweep_lines, varied_options
 
 WITHIN = {"seed", "schedule"}  # what any figure of sweeps shows besides
 FIGURES = {  # figure: its title, and the options that it can show; with others it would average over them
@@ -32,7 +32,7 @@ def sweep_page(path: Path) -> str:
         trials=trials,
         varied=varied,
         finished=len(finished),
-        failed=[trial for trial in trials if trial["status"] not in (FINISHED, NOT_RUN)],
+        failed=failed_trials(trials),
         chance=run.chance,
         outcome=sweep_lines(trials, run.bias_names),
         pictures=pictures(path, varied),

@@ -49,7 +49,9 @@ def test_every_method_has_its_numbers(name, tmp_path):
     for line, found in zip(outcome[1:], rows.values(), strict=True):
         assert line[1].startswith(f"{mean(row['task_accuracy'] for row in found):.3f}")
         assert line[3].startswith(f"{mean(row['bias_accuracy'][0] for row in found):.3f}")
-    assert [line[1] for line in cost[1:]] == [f"{mean(row['sparsity'] for row in found):.2f}" for found in rows.values()]
+    assert [line[1] for line in cost[1:]] == [
+        f"{mean(row['sparsity'] for row in found):.2f}" for found in rows.values()
+    ]
     assert "Task accuracy against what leaks" in page
     assert all(source.startswith(("data:", "#")) for source in re.findall(r'(?:src|href)="([^"]*)"', page))
 
@@ -78,7 +80,10 @@ def test_what_the_version_of_the_file_did_not_measure_is_a_dash(tmp_path):
     ("change", "message"),
     [
         ({"methods": None}, "must hold identity and methods"),
-        ({"methods": {"DFR": [{"seed": 1}]}}, "does not hold a comparison of a known workload with seed, task_accuracy"),
+        (
+            {"methods": {"DFR": [{"seed": 1}]}},
+            "does not hold a comparison of a known workload with seed, task_accuracy",
+        ),
         ({"methods": {"DFR": 3}}, "does not hold a comparison"),
         ({"identity": {"workload": "mnist", "settings": {"num_bias_classes": 10}}}, "of a known workload"),
         ({"identity": {"workload": "biased-mnist"}}, "'settings'"),
@@ -141,7 +146,9 @@ def test_a_figure_that_would_average_over_other_options_is_left_out(sweep, tmp_p
     assert "<svg" not in write_report(folder).read_text()
 
 
-@pytest.mark.parametrize("text", ["", "trial,gamma\n1,2\n", "trial,status\n1,finished,3\n", "trial,status\n,finished\n"])
+@pytest.mark.parametrize(
+    "text", ["", "trial,gamma\n1,2\n", "trial,status\n1,finished,3\n", "trial,status\n,finished\n"]
+)
 def test_a_damaged_table_of_a_sweep_is_an_error(tmp_path, text):
     (tmp_path / "sweep.csv").write_text(text)
     with pytest.raises(ValueError, match=re.escape(str(tmp_path / "sweep.csv"))):
