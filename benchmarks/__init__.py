@@ -11,6 +11,7 @@ BENCHES = {
     "gpu": "on a CUDA machine: build, kernel tests, operators and Table 8; --dry on the CPU",
     "cooling": "what a fall of T does to the gates: the published tenfold cut beside the adaptive schedule",
     "augmented": "heads on new draws of augmented data in every epoch, or on one draw a fit: time and result",
+    "learning_rate": "the adaptive schedule with other learning rates of the scores: accuracy and leakage",
     "checkpoints": "what checkpoints cost: the seconds spent on them over the seconds of a whole run",
     "scaling": "bytes, messages, memory and projected time of an extraction on several processes, on paper",
     "processes": "one process beside several on the same cores, or on two simulated hosts: the time of each part",

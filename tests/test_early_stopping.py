@@ -70,7 +70,10 @@ def test_an_unknown_metric_is_refused_with_the_known_ones(tmp_path, capsys):
 
 
 def test_no_epoch_for_every_setting_is_refused(tmp_path, capsys):
-    assert main(["sweep", "multi-color-mnist", "--out", str(tmp_path), "--scheduler", "async_hyperband", "--grace", "0"]) == 2
+    assert (
+        main(["sweep", "multi-color-mnist", "--out", str(tmp_path), "--scheduler", "async_hyperband", "--grace", "0"])
+        == 2
+    )
     assert "grace must be at least 1, got 0" in capsys.readouterr().err
     assert not list(tmp_path.glob("*/config.json")), "before any work"
 
