@@ -22,6 +22,7 @@ from ffw_fast.engines import (
     end_processes,
     start_process,
 )
+from ffw_fast.run_lock import locked
 from ffw_fast.sweep_table import STOPPED
 
 SCHEDULERS = ("async_hyperband", "median_stopping_rule")  # of Ray Tune's, those that end trials and never pause them
@@ -53,6 +54,7 @@ class RayTune(RayCluster):
         metric: str,
         grace: int,
     ) -> None:
+        os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # the other one prints its settings, however quiet it is to be
         try:
             from ray import tune
         except ImportError as error:
@@ -150,6 +152,7 @@ def _trainable(tune: Any, jobs: Sequence[Job], metric: str, threads: int) -> Any
     class Extraction(tune.Trainable):
         def setup(self, config: dict[str, Any]) -> None:
             self._job = with_epochs(jobs[config["job"]])
+            wait_until_free(self._job.folder)
             self._rows = new_rows(self._job.folder / EPOCHS)
             self._process = start_process(self._job, {**os.environ, "OMP_NUM_THREADS": str(threads)})
             self._last = {"epoch": 0, metric: -math.inf if METRICS[metric] == "max" else math.inf}
@@ -176,6 +179,17 @@ def _trainable(tune: Any, jobs: Sequence[Job], metric: str, threads: int) -> Any
             pass
 
     return Extraction
+
+
+def wait_until_free(folder: Path) -> None:
+    """Until no process works in the folder: that of a worker that was killed goes on without it, to its end."""
+    folder.mkdir(parents=True, exist_ok=True)
+    while True:
+        try:
+            with locked(folder):
+                return
+        except BlockingIOError:
+            time.sleep(1)
 
 
 def with_epochs(job: Job) -> Job:
