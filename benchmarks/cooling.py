@@ -43,7 +43,7 @@ def biased_network(seed: int, epochs: int | None = None, **data_options: Any) ->
 
 def follow(model: nn.Module, splits: Splits, settings: Settings) -> dict[str, Any]:
     """One extraction, epoch by epoch."""
-    loop = Loop(settings, model, *prepare(model, splits.train, splits.val, settings), torch.device("cpu"))
+    loop = Loop(prepare(model, splits.train, splits.val, settings))
     loop._start()
     epochs: list[dict[str, float]] = []
     histograms: dict[str, list[int]] = {}

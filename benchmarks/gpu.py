@@ -30,6 +30,7 @@ from torch.utils._pytree import tree_leaves
 from ffw_fast import ops, philox
 from ffw_fast.backend import backend_info
 from ffw_fast.gates import GateKind
+from ffw_fast.inputs import Problem
 from ffw_fast.loop import Loop
 from ffw_fast.optim import BETAS, EPS, WEIGHT_DECAY
 from ffw_fast.tables import print_table
@@ -177,7 +178,7 @@ def measure(job: jobs.Job, precision: str, dry: bool) -> Parts:
     device, model, steps = device_of(dry), job.network(), 2 if dry else 20
     samples = jobs.random_samples(job, 4 * job.batch_size).to(device)
     width = feature_width(job, model)
-    loop = Loop(settings_of(job, precision), model.to(device), samples, samples, width, device)
+    loop = Loop(Problem(settings_of(job, precision), model.to(device), samples, samples, width))
     rows = torch.arange(job.batch_size, device=device)
     batch = (samples.x[rows], samples.y[rows], samples.b[rows])
     for _ in range(1 if dry else 5):  # warm up, and capture the graph

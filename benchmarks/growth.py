@@ -23,6 +23,7 @@ from ffw_fast.benchmarks.memory import peak_resident, resident
 from rich.table import Table
 
 from ffw_fast.data.samples import Samples
+from ffw_fast.inputs import Problem
 from ffw_fast.loop import Loop
 from ffw_fast.models import MLP
 from ffw_fast.settings import Settings
@@ -91,7 +92,7 @@ def make_loop(point: Point) -> tuple[Loop, MLP, int]:
     train, val, model = samples(point.samples), samples(CLASSES), MLP(hidden=point.hidden)
     settings = Settings("relu3", CLASSES, batch_size=point.batch_size, schedule=point.schedule)
     own = sum(tensor.numel() * tensor.element_size() for tensor in (*train, *val, *model.parameters()))
-    return Loop(settings, model, train, val, point.hidden, torch.device("cpu")), model, own
+    return Loop(Problem(settings, model, train, val, point.hidden)), model, own
 
 
 def run_point(point: Point) -> Cost:

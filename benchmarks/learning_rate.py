@@ -11,7 +11,6 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-import torch
 from ffw_fast.benchmarks.cooling import WORKLOAD, biased_network
 from ffw_fast.benchmarks.machine import describe
 from torch import nn
@@ -30,7 +29,7 @@ from ffw_fast.tables import Lines, print_table, spread
 
 def extraction(model: nn.Module, splits: Splits, settings: Settings, lr: float) -> Extraction:
     """``ffw_fast.extract`` with another learning rate of the scores."""
-    loop = Loop(settings, model, *prepare(model, splits.train, splits.val, settings), torch.device("cpu"))
+    loop = Loop(prepare(model, splits.train, splits.val, settings))
     for group in loop.optimizer.param_groups:
         group["lr"] = lr
     with RunState(None, {}, resume=False) as state:

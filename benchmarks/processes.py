@@ -30,6 +30,7 @@ from rich.table import Table
 from torch import Tensor
 
 from ffw_fast.distributed import Alone, Group, ShardedGroup
+from ffw_fast.inputs import Problem
 from ffw_fast.loop import Loop
 from ffw_fast.settings import Settings
 from ffw_fast.tables import print_table
@@ -142,7 +143,7 @@ def _loop(options: argparse.Namespace, group: Alone) -> Loop:
     model = job.network()
     settings = Settings(job.bottleneck, job.classes, batch_size=options.batch)
     train = random_samples(job, options.batch * options.steps)
-    return Loop(settings, model, train, train, feature_width(job, model), torch.device("cpu"), group)
+    return Loop(Problem(settings, model, train, train, feature_width(job, model)), group)
 
 
 def _job(options: argparse.Namespace) -> Job:

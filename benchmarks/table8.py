@@ -26,6 +26,7 @@ from rich.table import Table
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from ffw_fast.inputs import Problem
 from ffw_fast.loop import Loop
 from ffw_fast.reference import Reference
 from ffw_fast.settings import Settings
@@ -73,7 +74,7 @@ def measure_fast(job: Job, model: nn.Module, steps: int, precision: str) -> Part
     """Times of ``ffw_fast``'s own loop, on a training set of ``steps`` minibatches."""
     samples = random_samples(job, steps * job.batch_size)
     width = feature_width(job, model)
-    loop = Loop(settings_of(job, precision), model, samples, samples, width, torch.device("cpu"))
+    loop = Loop(Problem(settings_of(job, precision), model, samples, samples, width))
     minibatches = chain.from_iterable(loop._batches() for _ in count())
 
     def gate_step() -> None:
@@ -92,7 +93,7 @@ def measure_reference(job: Job, model: nn.Module, steps: int, precision: str) ->
     """Times of the reference on a training set of ``steps`` minibatches."""
     samples = random_samples(job, steps * job.batch_size)
     settings, width = settings_of(job, precision), feature_width(job, model)
-    run = Reference(settings, model, samples, samples, width, torch.device("cpu"), False)
+    run = Reference(Problem(settings, model, samples, samples, width), quirks=False)
     gate_step = seconds(lambda: run.train_epoch(0, False), 3) / steps
     feature = seconds(lambda: run.evaluate(samples, run.heads), 3) / len(samples.y)
     head_epoch = seconds(lambda: run.head_epoch(run.heads, run.heads_optimizer), 3)

@@ -3,17 +3,15 @@
 import time
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ffw_fast import bise
-from ffw_fast.data.samples import Samples
 from ffw_fast.extraction import masks_of, weight_sparsity
+from ffw_fast.inputs import Problem
 from ffw_fast.loop import Loop
 from ffw_fast.measure import Measurement
 from ffw_fast.objective import Objective
 from ffw_fast.optim import GatedOptimizer, GatedSGD
-from ffw_fast.settings import Settings
 
 
 class BiseLoop(Loop):
@@ -23,22 +21,12 @@ class BiseLoop(Loop):
         selects: whether ``val`` is an unbiased set, by which the best scores are chosen; else it is the training set.
     """
 
-    def __init__(
-        self,
-        settings: Settings,
-        model: nn.Module,
-        train: Samples,
-        val: Samples,
-        width: int,
-        device: torch.device,
-        *,
-        selects: bool,
-    ) -> None:
-        super().__init__(settings, model, train, val, width, device)
+    def __init__(self, problem: Problem, *, selects: bool) -> None:
+        super().__init__(problem)
         self.selects = selects
         self.heads.epochs_a_fit = bise.HEAD_EPOCHS
-        _features, logits = self.network.outputs(train.x[:1])
-        self.objective = bise.BiasedObjective.from_settings(settings, train, logits.shape[1])
+        _features, logits = self.network.outputs(self.train.x[:1])
+        self.objective = bise.BiasedObjective.from_settings(self.settings, self.train, logits.shape[1])
 
     def _make_optimizer(self) -> GatedOptimizer:
         return GatedSGD(self.gates, bise.SCORES_LR, bise.MOMENTUM, bise.WEIGHT_DECAY)

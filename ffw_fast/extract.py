@@ -136,17 +136,16 @@ def extract(
         raise ValueError(f"batch_size must be at least the number of processes, {group.count}, got {batch_size}")
     if group.count > 1 and method != "ffw":
         raise ValueError(f"method {method!r} runs on one process, not on {group.count}; 'ffw' runs on several")
-    given = {"train": train, "val": val}
-    train, val, width = group.together(lambda: prepare(model, given["train"], given["val"], settings))
+    problem = group.together(lambda: prepare(model, train, val, settings))
     target = torch.device(device) if device is not None else next(model.parameters()).device
-    parts = settings, model, train.to(target), val.to(target), width, target
-    loop = Loop(*parts, group) if method == "ffw" else BiseLoop(*parts, selects=given["val"] is not None)
+    on_target = problem.to(target)
+    loop = Loop(on_target, group) if method == "ffw" else BiseLoop(on_target, selects=val is not None)
     if group.rank > 0:  # the first process writes and shows for all
         run_dir, resume, progress = None, False, False
     with make_progress(progress) as shown:
-        for name, samples in (("train", train), ("val", val)):
-            if given[name] is not None:
-                shown.note(reading_note(given[name], samples, name))
+        for name, given, samples in (("train", train, problem.train), ("val", val, problem.val)):
+            if given is not None:
+                shown.note(reading_note(given, samples, name))
         identity = {
             **settings.as_dict(),
             "weights": digest(*loop.network.module.state_dict().values()),

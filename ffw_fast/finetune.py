@@ -56,19 +56,11 @@ def finetune(
     if epochs < 1 or gamma < 0 or lr <= 0:
         raise ValueError(f"expected epochs >= 1, gamma >= 0 and lr > 0, got {epochs}, {gamma} and {lr}")
     val_is_given = val is not None
-    train, val, width = prepare(model, train, val, settings)
+    problem = prepare(model, train, val, settings).to(next(model.parameters()).device)
+    train, val = problem.train, problem.val
     network = copy.deepcopy(model).eval().requires_grad_(False)
-    device = next(network.parameters()).device
-    train, val = train.to(device), val.to(device)
     optimizer = torch.optim.Adam(_open(network, masks), lr)
-    heads = PrivateHeads.create(
-        train.b.shape[1],
-        settings.num_bias_classes,
-        width,
-        seed=settings.seed,
-        batch_size=settings.batch_size,
-        device=device,
-    )
+    heads = PrivateHeads.of(settings, train, problem.width)
     reader = _Reader(network, settings.bottleneck)
     biased = None
     if settings.method == "bise":

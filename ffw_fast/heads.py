@@ -13,6 +13,7 @@ from ffw_fast import ops
 from ffw_fast.data.samples import Inputs, Samples
 from ffw_fast.data.stream import Stream
 from ffw_fast.seeding import epoch_order, seeded_generator
+from ffw_fast.settings import Settings
 
 LR = 0.1
 MOMENTUM = 0.9
@@ -62,6 +63,18 @@ class PrivateHeads:
     ) -> Self:
         weight, bias = initial_parameters(heads, classes, features, seed)
         return cls(weight.to(device), bias.to(device), seed, batch_size)
+
+    @classmethod
+    def of(cls, settings: Settings, samples: Samples, width: int) -> Self:
+        """Heads for every bias of the samples, on their device."""
+        return cls.create(
+            samples.b.shape[1],
+            settings.num_bias_classes,
+            width,
+            seed=settings.seed,
+            batch_size=settings.batch_size,
+            device=samples.b.device,
+        )
 
     def with_fresh_optimizer(self) -> Self:
         """A copy of these heads whose momentum is zero."""

@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,8 +21,32 @@ from ffw_fast.settings import Settings
 LOOP_DTYPES = (torch.float32, torch.float64)  # of weights and scores; 16 bits are too few for Adam's steps
 
 
-def prepare(model: nn.Module, train: Any, val: Any, settings: Settings) -> tuple[Samples, Samples, int]:
-    """Training and validation set as checked samples, and the number of features at the bottleneck.
+@dataclass(frozen=True)
+class Problem:
+    """What is to be extracted: a model, and the sets and settings that fit it.
+
+    Attributes:
+        train, val: on the device where all is to be done.
+        width: D, the number of features at the bottleneck.
+    """
+
+    settings: Settings
+    model: nn.Module
+    train: Samples
+    val: Samples
+    width: int
+
+    @property
+    def device(self) -> torch.device:
+        return self.train.y.device
+
+    def to(self, device: torch.device) -> "Problem":
+        """The same, with the sets on ``device``."""
+        return replace(self, train=self.train.to(device), val=self.val.to(device))
+
+
+def prepare(model: nn.Module, train: Any, val: Any, settings: Settings) -> Problem:
+    """The sets as checked samples, which fit the model and the settings.
 
     Inputs in a narrower floating-point format than the model's weights are widened to it. For BISE ``val`` may be None:
     the training set then stands in for it.
@@ -47,7 +72,7 @@ def prepare(model: nn.Module, train: Any, val: Any, settings: Settings) -> tuple
             "the model is in training mode and has dropout: extraction runs a copy in eval mode, without dropout",
             stacklevel=3,
         )
-    return train_set, val_set, width
+    return Problem(settings, model, train_set, val_set, width)
 
 
 def as_samples(data: Any, name: str, num_bias_classes: int | None) -> Samples:

@@ -10,12 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from ffw_fast import cautions
-from ffw_fast.data.samples import Inputs, Samples
+from ffw_fast.data.samples import Inputs
 from ffw_fast.distributed import Alone
 from ffw_fast.extraction import Extraction, masks_of, weight_sparsity
 from ffw_fast.failures import first_bad_step, memory_errors_explained
 from ffw_fast.gated_network import GatedNetwork
 from ffw_fast.heads import PrivateHeads
+from ffw_fast.inputs import Problem
 from ffw_fast.measure import Measurement, accuracy, measure, minibatch_information
 from ffw_fast.objective import Objective
 from ffw_fast.optim import LR, GatedAdam, GatedOptimizer
@@ -23,7 +24,7 @@ from ffw_fast.progress import Progress
 from ffw_fast.run_state import RunState
 from ffw_fast.schedule import Schedule, judging_shift, make_schedule, restore_schedule
 from ffw_fast.seeding import epoch_order
-from ffw_fast.settings import PRECISIONS, Settings
+from ffw_fast.settings import PRECISIONS
 from ffw_fast.step_graph import StepGraph
 
 GATE_EPOCHS = "gate epoch"  # the stream of orders in which gate epochs visit the samples
@@ -35,19 +36,11 @@ HEAD_STATE = ("weight", "bias", "weight_momentum", "bias_momentum")
 class Loop:
     """One extraction under way: network, heads, optimizer and schedule, and what has been found so far."""
 
-    def __init__(
-        self,
-        settings: Settings,
-        model: nn.Module,
-        train: Samples,
-        val: Samples,
-        width: int,
-        device: torch.device,
-        group: Alone | None = None,
-    ) -> None:
+    def __init__(self, problem: Problem, group: Alone | None = None) -> None:
+        settings, model, train, device = problem.settings, problem.model, problem.train, problem.device
         self.settings = settings
         self.group = group or Alone()
-        self.train, self.val = train, val
+        self.train, self.val = train, problem.val
         self.autocast = torch.autocast(
             device.type, PRECISIONS[settings.precision], enabled=settings.precision != "fp32", cache_enabled=False
         )
@@ -66,14 +59,7 @@ class Loop:
         self.schedule: Schedule = make_schedule(settings.schedule, settings.anneal_rate, LR)
         self.optimizer = self._make_optimizer()
         self.optimizer.start()  # so that a checkpoint has the same tensors from the beginning
-        self.heads = PrivateHeads.create(
-            train.b.shape[1],
-            settings.num_bias_classes,
-            width,
-            seed=settings.seed,
-            batch_size=settings.batch_size,
-            device=device,
-        )
+        self.heads = PrivateHeads.of(settings, train, problem.width)
         self.vanilla_heads = self.heads
         self.best_scores = self.gates.scores  # until the first judgement
         self.metrics: dict[str, Any] = {"warnings": []}

@@ -22,7 +22,7 @@ from ffw_fast.data.samples import Samples
 from ffw_fast.extraction import Extraction, gated_tensors, masks_of, sparsity, weight_sparsity
 from ffw_fast.gated_network import bottleneck_module
 from ffw_fast.gates import GateKind, gate, gate_movement, gate_slope, half_open
-from ffw_fast.inputs import prepare
+from ffw_fast.inputs import Problem, prepare
 from ffw_fast.loop import GATE_EPOCHS
 from ffw_fast.measure import Measurement, measure
 from ffw_fast.modules import flat_offsets
@@ -60,11 +60,11 @@ def extract(
         raise ValueError("the reference keeps no checkpoints and cannot resume; use ffw_fast.extract")
     checked = Settings.of(**settings)
     val_is_given = val is not None
-    train, val, width = prepare(model, train, val, checked)
+    problem = prepare(model, train, val, checked)
     RunState(run_dir, {}, resume=False)  # a folder that cannot be written is refused before any work
     where = torch.device(device) if device is not None else next(model.parameters()).device
-    parts = checked, model, train.to(where), val.to(where), width, where
-    run = Reference(*parts, quirks) if checked.method == "ffw" else BiseReference(*parts, selects=val_is_given)
+    problem = problem.to(where)
+    run = Reference(problem, quirks=quirks) if checked.method == "ffw" else BiseReference(problem, selects=val_is_given)
     with make_progress(progress) as shown:
         extraction = run.run(shown)
     if run_dir is not None:
@@ -90,17 +90,9 @@ class StraightThroughGate(torch.autograd.Function):
 class Reference:
     """One extraction, step by step."""
 
-    def __init__(
-        self,
-        settings: Settings,
-        model: nn.Module,
-        train: Samples,
-        val: Samples,
-        width: int,
-        device: torch.device,
-        quirks: bool,
-    ) -> None:
-        self.settings, self.train, self.val, self.quirks = settings, train, val, quirks
+    def __init__(self, problem: Problem, *, quirks: bool) -> None:
+        settings, model, train, device = problem.settings, problem.model, problem.train, problem.device
+        self.settings, self.train, self.val, self.quirks = settings, train, problem.val, quirks
         self.dense_model = model
         self.network = copy.deepcopy(model).to(device).eval().requires_grad_(False)
         self.weights = gated_tensors(self.network, settings)
@@ -110,7 +102,7 @@ class Reference:
         self.scores = {name: torch.zeros_like(weight, requires_grad=True) for name, weight in self.weights.items()}
         self.temperature = torch.ones((), device=device)
         self.draws = 0
-        self.heads = self.make_heads(train.b.shape[1], width, device)
+        self.heads = self.make_heads(train.b.shape[1], problem.width, device)
         self.scores_optimizer = self.make_scores_optimizer()
         self.heads_optimizer = make_heads_optimizer(self.heads)
         self.head_epochs = 0
@@ -345,22 +337,12 @@ class BiseReference(Reference):
         selects: whether ``val`` is an unbiased set of its own, by which the best scores are chosen.
     """
 
-    def __init__(
-        self,
-        settings: Settings,
-        model: nn.Module,
-        train: Samples,
-        val: Samples,
-        width: int,
-        device: torch.device,
-        *,
-        selects: bool,
-    ) -> None:
-        super().__init__(settings, model, train, val, width, device, quirks=False)
+    def __init__(self, problem: Problem, *, selects: bool) -> None:
+        super().__init__(problem, quirks=False)
         self.selects = selects
         with torch.no_grad():
-            _features, logits = self.forward(train.x[:1])
-        self.objective = bise.BiasedObjective.from_settings(settings, train, logits.shape[1])
+            _features, logits = self.forward(self.train.x[:1])
+        self.objective = bise.BiasedObjective.from_settings(self.settings, self.train, logits.shape[1])
 
     def make_scores_optimizer(self) -> torch.optim.Optimizer:
         scores = list(self.scores.values())

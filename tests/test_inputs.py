@@ -243,10 +243,10 @@ def test_inputs_are_widened_to_the_weights_and_never_narrowed(given, weights):
         with pytest.raises(TypeError, match=r"train: x is torch.float64 and the model's weights are torch.float32"):
             prepare(model, train, samples(10), SETTINGS)
         return
-    prepared, val, width = prepare(model, train, samples(10), SETTINGS)
-    assert prepared.x.dtype == val.x.dtype == weights
-    assert torch.equal(prepared.x, x.to(given).to(weights))
-    assert width == 8
+    problem = prepare(model, train, samples(10), SETTINGS)
+    assert problem.train.x.dtype == problem.val.x.dtype == weights
+    assert torch.equal(problem.train.x, x.to(given).to(weights))
+    assert problem.width == 8
 
 
 def test_dropout_in_training_mode_is_pointed_out_and_the_mode_is_kept():

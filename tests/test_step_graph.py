@@ -9,6 +9,7 @@ from torch.overrides import TorchFunctionMode
 
 from ffw_fast import GATES, extract, gated_network
 from ffw_fast.data.samples import Samples
+from ffw_fast.inputs import Problem
 from ffw_fast.loop import Loop
 from ffw_fast.settings import Settings
 from ffw_fast.step_graph import WARM_UP_STEPS, StepGraph
@@ -32,7 +33,7 @@ class NoHost(TorchFunctionMode):
 def loop_on(device, **changes):
     samples = Samples(*(part.to(device) for part in tiny.samples()))
     settings = Settings(tiny.BOTTLENECK, tiny.CLASSES, **{"batch_size": 10, **changes})
-    return Loop(settings, tiny.network().to(device), samples, samples, 8, torch.device(device))
+    return Loop(Problem(settings, tiny.network().to(device), samples, samples, 8))
 
 
 @pytest.fixture

@@ -168,6 +168,7 @@ import json, sys, torch
 import ffw_fast
 from ffw_fast import fusion, ops
 from ffw_fast.data.samples import Samples
+from ffw_fast.inputs import Problem
 from ffw_fast.loop import Loop
 from ffw_fast.settings import Settings
 from tests import tiny
@@ -187,7 +188,7 @@ scores = [layer.scores.grad.flatten().tolist() for layer in ffw_fast.masked_laye
 assert "triton" in sys.modules
 settings = Settings(tiny.BOTTLENECK, tiny.CLASSES, schedule="adaptive")
 samples = Samples(*tiny.samples())
-loop = Loop(settings, tiny.network(), samples, samples, 8, torch.device("cpu"))
+loop = Loop(Problem(settings, tiny.network(), samples, samples, 8))
 losses = [loop._step(*samples).tolist() for _ in range(2)]
 double = ops.gate_weight(*[torch.ones(3, dtype=torch.float64)] * 2, torch.tensor(1.0), torch.zeros(3).long(), 0)
 state = [loop.gates.scores.tolist(), loop.gates.temperature.item(), loop.heads.weight.flatten().tolist()]
