@@ -96,7 +96,7 @@ def measure_reference(job: Job, model: nn.Module, steps: int, precision: str) ->
     run = Reference(Problem(settings, model, samples, samples, width), quirks=False)
     gate_step = seconds(lambda: run.train_epoch(0, False), 3) / steps
     feature = seconds(lambda: run.evaluate(samples, run.heads), 3) / len(samples.y)
-    head_epoch = seconds(lambda: run.head_epoch(run.heads, run.heads_optimizer), 3)
+    head_epoch = seconds(lambda: run.head_epoch(samples, run.heads, run.heads_optimizer), 3)
     return Parts(gate_step, feature, head_epoch * job.train / len(samples.y))
 
 

@@ -24,7 +24,7 @@ from ffw_fast.extraction import Extraction, sparsity
 from ffw_fast.progress import Progress
 from ffw_fast.run import Request, check_folder, extraction_task, how_made, leakage, trained_vanilla
 from ffw_fast.run_lock import locked
-from ffw_fast.run_state import check_same_run
+from ffw_fast.run_state import OtherRunError, check_same_run
 from ffw_fast.settings import Settings
 
 BASELINE_STEPS = 3600  # of the baselines that train on the unbiased set; the best epoch by validation is kept
@@ -178,6 +178,14 @@ class _Extracted:
 
     @cached_property
     def found(self) -> Extraction:
+        try:
+            return self._extracted()
+        except OtherRunError as error:  # of another version of this package: its rows stand, its half of one does not
+            self.progress.note(f"{self.folder}: begun anew, since its {error}")
+            shutil.rmtree(self.folder)
+            return self._extracted()
+
+    def _extracted(self) -> Extraction:
         task = self.task
         return extract(
             self.vanilla,

