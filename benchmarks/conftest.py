@@ -2,10 +2,10 @@
 
 from dataclasses import asdict
 
-from ffw_fast.benchmarks.machine import describe, measure_rates
+from ffw_fast.benchmarks.machine import Rates, describe, measure_rates
 from ffw_fast.benchmarks.operators import PROVIDERS
 
-_rates = []
+_rates: list[Rates] = []
 
 
 def pytest_addoption(parser):

@@ -37,6 +37,7 @@ def biased_network(seed: int, epochs: int | None = None, **data_options: Any) ->
     """The network that both schedules start from, and the data."""
     splits, model = WORKLOAD.load(None, seed, **data_options), WORKLOAD.build_model(seed)
     recipe = WORKLOAD.recipe(full=False)
+    assert splits.vanilla is not None and recipe is not None  # of digits
     train_vanilla(model, splits.vanilla, replace(recipe, epochs=epochs or recipe.epochs), seed=seed)
     return model, splits
 

@@ -236,14 +236,13 @@ def read_kernels(cubin: Path, architecture: str) -> list[Kernel]:
 def table(kernels: list[Kernel]) -> str:
     """One line a kernel."""
     heads = ("kernel", "sm", "registers", "shared", "local", "LDG.128", "STG.128", "FP64", "routines")
-    heads += ("blocks/SM", "budget")
-    rows = [heads]
+    rows: list[tuple[str, ...]] = [(*heads, "blocks/SM", "budget")]
     for k in kernels:
         kept = "; ".join(k.problems()) or "kept"
         counts = (k.registers, BUDGETS[k.name].shared, k.local_bytes, k.loads, k.stores, k.fp64, k.subroutines)
         planned = f"{k.blocks} (>= {BUDGETS[k.name].blocks})"
         rows.append((f"{k.name} {k.variant}".strip(), k.architecture, *map(str, counts), planned, kept))
-    widths = [max(len(row[i]) for row in rows) for i in range(len(heads))]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = ("  ".join(word.ljust(width) for word, width in zip(row, widths, strict=True)) for row in rows)
     return "\n".join(line.rstrip() for line in lines)
 

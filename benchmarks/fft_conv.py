@@ -12,6 +12,7 @@ import argparse
 import copy
 import itertools
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -142,10 +143,10 @@ def compare_network(batch: int, size: int, repeats: int) -> None:
     reference = step_of(plain, x, labels)
     for model in models[1:]:
         check_same([step_of(model, x, labels)], [reference])
-    steps = best_times([lambda model=model: step_of(model, x, labels) for model in models], repeats)
+    steps = best_times([partial(step_of, model, x, labels) for model in models], repeats)
     with torch.no_grad():
         large = torch.randn(5 * batch, 3, size, size)
-        passes = best_times([lambda model=model: model(large) for model in models], repeats)
+        passes = best_times([partial(model, large) for model in models], repeats)
     print(f"\nwhole network, ms: direct, {', '.join(names)} by FFT, all by FFT; ratios")
     for name, times in ((f"step of {batch}", steps), (f"forward of {5 * batch}", passes)):
         milliseconds = " ".join(f"{value * 1e3:8.1f}" for value in times)

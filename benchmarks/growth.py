@@ -67,7 +67,8 @@ class Cost:
 def sweeps(tiny: bool) -> dict[str, list[Point]]:
     """What is varied -> the points; all else stays at its default."""
     threads = [count for count in (1, 2, 4, 8, 16, 32, 64) if count <= (os.cpu_count() or 1)]
-    default, sizes = Point(threads=threads[-1]), (1, 2, 4, 8)
+    default = Point(threads=threads[-1])
+    sizes: tuple[int, ...] = (1, 2, 4, 8)
     if tiny:
         default, sizes, threads = Point(100, 16, 20, 1), (1, 2), threads[:1]
     return {
@@ -91,8 +92,8 @@ def make_loop(point: Point) -> tuple[Loop, MLP, int]:
 
     train, val, model = samples(point.samples), samples(CLASSES), MLP(hidden=point.hidden)
     settings = Settings("relu3", CLASSES, batch_size=point.batch_size, schedule=point.schedule)
-    own = sum(tensor.numel() * tensor.element_size() for tensor in (*train, *val, *model.parameters()))
-    return Loop(Problem(settings, model, train, val, point.hidden)), model, own
+    handed_in = (part for part in (*train, *val, *model.parameters()) if isinstance(part, torch.Tensor))
+    return Loop(Problem(settings, model, train, val, point.hidden)), model, sum(tensor.nbytes for tensor in handed_in)
 
 
 def run_point(point: Point) -> Cost:

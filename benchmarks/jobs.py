@@ -124,7 +124,7 @@ def _run_layers(job: Job) -> Iterator[Layer]:
         layer.register_forward_hook(lambda layer, inputs, output: read.append((layer, inputs[0], output)))
     with torch.no_grad():
         model(torch.zeros(1, *job.image))
-    for index, (layer, x, y) in enumerate(read):
-        layer._forward_hooks.clear()
-        assert isinstance(layer, nn.Conv2d | nn.Linear)
-        yield Layer(job.name, layer, tuple(x.shape[1:]), tuple(y.shape[1:]), index == 0)
+    for index, (module, x, y) in enumerate(read):
+        module._forward_hooks.clear()
+        assert isinstance(module, nn.Conv2d | nn.Linear)
+        yield Layer(job.name, module, tuple(x.shape[1:]), tuple(y.shape[1:]), index == 0)

@@ -236,7 +236,7 @@ class Budget:
         return [claim for claim, kept in claims.items() if not kept]
 
 
-WIDE = {"load_bits": 128, "store_bits": 128}
+_wide = functools.partial(Budget, load_bits=128, store_bits=128)
 TF32, HALF = r"\.F32\.TF32", r"\.F32(\.BF16)?$"
 OPERANDS = ((torch.float32, "ieee", None), (torch.float32, "tf32", TF32), (torch.bfloat16, "ieee", HALF))
 
@@ -305,11 +305,11 @@ def _elementwise_cases() -> Iterator[Case]:
         weight, scores, temperature, draw = gate
         yield Case(
             f"gate_weight, {name}", functools.partial(gate_weight, *gate, kind),
-            {"gate_weight_kernel": Budget(8, **WIDE)},
+            {"gate_weight_kernel": _wide(8)},
         )  # fmt: skip
         yield Case(
             f"gate_weight_backward, {name}", functools.partial(gate_weight_backward, weight, *gate, kind),
-            {"gate_weight_backward_kernel": Budget(8, **WIDE)},
+            {"gate_weight_backward_kernel": _wide(8)},
         )  # fmt: skip
         state = (weight.clone(), scores, scores.clone(), scores.clone(), torch.zeros((), dtype=torch.float64))
         scalars = (temperature, temperature, torch.ones(()), torch.ones(()), draw, draw)
@@ -318,7 +318,7 @@ def _elementwise_cases() -> Iterator[Case]:
             functools.partial(
                 gated_adam_step_, *state, weight, weight, *scalars, 0.9, 0.999, 1e-8, 1e-4, kind, True
             ),
-            {"gated_adam_kernel": Budget(6, **WIDE), "add_partials_kernel": Budget(1, doubles=True)},
+            {"gated_adam_kernel": _wide(6), "add_partials_kernel": Budget(1, doubles=True)},
         )  # fmt: skip
 
 

@@ -115,7 +115,7 @@ def measure(options: argparse.Namespace, group: Alone, meter: Meter) -> dict[str
     if (gradient_sum := loop.network.gradient_sum) is not None:
         gradient_sum.finish = meter.timed(f"  {GRADIENT}", gradient_sum.finish)  # type: ignore[method-assign]
         if options.late:
-            gradient_sum._filled = lambda _piece: None  # type: ignore[method-assign]
+            gradient_sum._filled = lambda index: None  # type: ignore[method-assign]
     loop.heads.epochs_a_fit = HEAD_EPOCHS
     loop._step(*next(loop._batches()))  # libraries choose kernels and take memory in it
     steps: list[dict[str, float]] = []

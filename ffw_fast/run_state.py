@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ffw_fast.files import DamagedFileError, read_tensors, sync_folder, write_tensors
 from ffw_fast.run_lock import locked
+from ffw_fast.settings import DEFAULTS
 from ffw_fast.version import __version__
 
 FORMAT = 2
@@ -217,9 +218,12 @@ def check_same_run(
 ) -> None:
     """``OtherRunError`` that says ``otherwise`` and lists the differences, where two records are not of one run.
 
-    A record is what JSON can hold. Its settings, where it has such a part, are compared one by one.
+    A record is what JSON can hold. Its settings, where it has such a part, are compared one by one; one that the
+    version of the record before did not know was what is now its default.
     """
+    unknown = DEFAULTS.keys() - before["settings"].keys() if isinstance(before.get("settings"), dict) else ()
     before, now = _flat(before), _flat(json.loads(json.dumps(now)))
+    before |= {name: DEFAULTS[name] for name in unknown if name in now and name not in before}
     differences = [
         f"{name} was {before.get(name)!r} and is now {now.get(name)!r}"
         for name in sorted({*before, *now} - {*may_differ})

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any, Self
 
 import torch
@@ -101,6 +101,9 @@ class Settings:
             _check_integer("aligned: a bias label", label, 0)
         if self.method == "bise" and self.schedule != "halving":
             raise ValueError(f"method 'bise' goes with schedule 'halving', got {self.schedule!r}")
+
+
+DEFAULTS = {field.name: field.default for field in fields(Settings) if field.default is not MISSING}
 
 
 def _check_number(name: str, value: Any, positive: bool) -> None:
