@@ -92,10 +92,10 @@ def cost_table(rows: list[Row]) -> Table:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="ffw-fast bench checkpoints", description=__doc__.split("\n")[0])
-    parser.add_argument("--schedule", default="published", choices=("published", "adaptive"))
+    parser.add_argument("--schedule", default="published", choices=("published", "adaptive"), help="default: published")
     parser.add_argument("--max-epochs", type=int, default=200, help="of the extraction (default: 200)")
     parser.add_argument("--vanilla-epochs", type=int, help="of the biased network (default: the workload's)")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="default: 0")
     parser.add_argument("--out", type=Path, help="where checkpoints are written: the disk counts (default: temporary)")
     parser.add_argument("--json", type=Path, help="write the figures, with machine and versions, to this file")
     options = parser.parse_args(arguments)

@@ -133,10 +133,10 @@ def _around_falls(epochs: list[dict[str, float]]) -> list[dict[str, float]]:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="ffw-fast bench cooling", description=__doc__.split("\n")[0])
-    parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--gamma", type=float, default=1.0)
-    parser.add_argument("--anneal-rate", type=float, default=1e-4)
-    parser.add_argument("--max-epochs", type=int, default=200)
+    parser.add_argument("--seed", type=int, default=1, help="default: 1")
+    parser.add_argument("--gamma", type=float, default=1.0, help="default: 1")
+    parser.add_argument("--anneal-rate", type=float, default=1e-4, help="of the adaptive schedule (default: 1e-4)")
+    parser.add_argument("--max-epochs", type=int, default=200, help="of each extraction (default: 200)")
     parser.add_argument("--json", type=Path, help="write all figures to this file")
     options = parser.parse_args(arguments)
     results = measure(options.seed, options.gamma, options.anneal_rate, options.max_epochs)

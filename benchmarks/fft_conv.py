@@ -157,10 +157,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="ffw-fast bench fft_conv", description="SimpleConvNet's convolutions by FFT against oneDNN, float32"
     )
-    parser.add_argument("--batch", type=int, default=100)
-    parser.add_argument("--size", type=int, default=28, help="height and width of the images")
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=None)
+    parser.add_argument("--batch", type=int, default=100, help="images (default: 100)")
+    parser.add_argument("--size", type=int, default=28, help="height and width of the images (default: 28)")
+    parser.add_argument("--repeats", type=int, default=3, help="of every time, of which the best stands (default: 3)")
+    parser.add_argument("--threads", type=int, default=None, help="default: as many as PyTorch takes")
     given = parser.parse_args(arguments)
     if not has_compiled_kernel():
         raise SystemExit("the FFT convolution is not compiled: see ffw_fast.backend_info()")

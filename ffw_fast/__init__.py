@@ -1,4 +1,4 @@
-"""ffw_fast: the fastest way to find the unbiased sub-network inside a biased neural network."""
+"""ffw_fast: finds the unbiased sub-network inside a biased neural network, fast."""
 
 import os
 

@@ -598,7 +598,8 @@ def _bench(options: argparse.Namespace) -> int:
 
 
 def _add_info(commands: Commands) -> None:
-    info = commands.add_parser("info", help="which kernels are compiled, loaded and used, and why not where not")
+    text = "which kernels are compiled, loaded and used, and why not where not"
+    info = commands.add_parser("info", help=text, description=f"Tells {text}.")
     info.add_argument("--json", action="store_true", help="print it as JSON")
     info.set_defaults(command=_info)
 
