@@ -1,8 +1,8 @@
 """The machine code of the CUDA kernels against budgets; needs nvcc, no GPU.
 
-``python -m ffw_fast.benchmarks.cuda_code`` compiles ``csrc/cuda`` for sm_80 and sm_90 and prints, for every kernel: registers,
-shared memory a block, local memory, 16-byte loads and stores, FP64 instructions and subroutines, and how many
-blocks an A100 holds at a time. It ends with an error where a budget is not kept. Nothing here is a speed.
+``python -m ffw_fast.benchmarks.cuda_code`` compiles ``csrc/cuda`` for sm_80 and sm_90 and prints, for every kernel:
+registers, shared memory a block, local memory, 16-byte loads and stores, FP64 instructions and subroutines, and how
+many blocks an A100 holds at a time. It ends with an error where a budget is not kept. Nothing here is a speed.
 """
 
 import argparse
