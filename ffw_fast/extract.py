@@ -84,7 +84,7 @@ def extract(
         max_epochs: the run ends there even where the schedule has not.
         batch_size: of the gates, of the heads and of the validation MI.
         seed: of the heads' start, the order of samples and random gates. The global generators are not touched.
-        precision: "fp32", or "bf16" for autocast (other results, much faster on CPUs and GPUs that have it).
+        precision: "fp32", or "bf16" for autocast: other results, for processors that have instructions for it.
         where: with channel gates, shell-style patterns of layer names, separated by commas ("layer1.*, layer2.*"): only
             the channels of these are gated.
         correlations: of BISE: for each bias the probability that it goes with the target in ``train``, strictly between
