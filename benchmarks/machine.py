@@ -10,6 +10,7 @@ from typing import Any, Self
 
 import torch
 
+from ffw_fast.fft_conv import low_precision_rate
 from ffw_fast.version import __version__
 
 MATRIX = 1536
@@ -93,7 +94,7 @@ def _products(dtype: torch.dtype) -> list[Callable[[], Any]]:
 
 def has_fast_bf16() -> bool:
     """Whether this processor multiplies bfloat16 in hardware, so that ``precision="bf16"`` can pay."""
-    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return torch.backends.mkldnn.is_available() and low_precision_rate() > 1
 
 
 def copy_rate(size: int, repeats: int = 7) -> float:

@@ -22,6 +22,7 @@ A spectrum is a flat tensor of ``spectrum_sizes`` numbers: for each frequency th
 parts of all entries, twice as large as a transform is. Of f and -f, whose values are conjugate, one is kept.
 """
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -359,12 +360,18 @@ def fft_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 class FftConv2d(nn.Conv2d):
-    """``nn.Conv2d`` that convolves float32 images by FFT."""
+    """``nn.Conv2d`` that convolves float32 images by FFT, under autocast too where that beats a product in bf16."""
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        if input.dtype != torch.float32 or input.dim() != 4 or torch.is_autocast_enabled(input.device.type):
+        if input.dim() != 4 or not self._is_by_fft(input, weight):
             return super()._conv_forward(input, weight, bias)
-        return fft_conv2d(input, weight, bias)
+        return fft_conv2d(input.float(), weight, bias)
+
+    def _is_by_fft(self, input: Tensor, weight: Tensor) -> bool:
+        if torch.is_autocast_enabled(input.device.type) and weight.dtype == torch.float32:
+            height, width = input.shape[2:]
+            return is_worth_it(height, width, weight.shape, low_precision_rate())
+        return input.dtype == weight.dtype == torch.float32
 
 
 class _MeanOfImage(torch.autograd.Function):
@@ -409,12 +416,27 @@ def fft_cost(height: int, width: int, weight: Sequence[int], batch: int = 100) -
     return products + transforms * (inputs + outputs + inputs * outputs / batch)
 
 
-def is_worth_it(height: int, width: int, weight: Sequence[int]) -> bool:
-    """Whether an FFT convolution is cheaper by these costs: by shapes alone, so the same on any machine.
+def is_worth_it(height: int, width: int, weight: Sequence[int], rate: float = 1.0) -> bool:
+    """Whether an FFT convolution is cheaper by these costs: by shapes alone, so in float32 the same on any machine.
 
     The estimate is of the forward pass, and so cautious: both gradients share spectra with it.
+
+    Args:
+        rate: of the direct convolution it is compared with, over the rate in float32.
     """
-    return max(height, width) <= LARGEST_IMAGE and direct_cost(height, width, weight) >= fft_cost(height, width, weight)
+    direct = direct_cost(height, width, weight) / rate
+    return max(height, width) <= LARGEST_IMAGE and direct >= fft_cost(height, width, weight)
+
+
+@functools.cache
+def low_precision_rate() -> float:
+    """How many times as fast as in float32 this processor convolves in bf16 directly, by the instructions it has.
+
+    In round numbers, from oneDNN's: matrix tiles (AMX), dot products of pairs, or neither, where bf16 is emulated.
+    """
+    if torch.cpu._is_amx_tile_supported():
+        return 8.0
+    return 2.0 if torch.cpu._is_avx512_bf16_supported() else 0.5
 
 
 def can_use_fft(layer: nn.Conv2d) -> bool:

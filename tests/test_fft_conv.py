@@ -358,12 +358,33 @@ def test_network_stays_batch_innermost(compiled_convolution):
     assert seen["conv4", "grad"] == seen["conv4", "output"]
 
 
-def test_autocast_is_left_alone(compiled_convolution):
+def test_other_precisions_are_left_alone(compiled_convolution):
     layer = FftConv2d(4, 4, 7, padding=3)
+    assert layer(torch.randn(4, 9, 9)).shape == (4, 9, 9)
+    layer.to(torch.bfloat16)
+    assert layer(torch.randn(2, 4, 9, 9).bfloat16()).dtype == torch.bfloat16
     with torch.autocast("cpu", torch.bfloat16):
         assert layer(torch.randn(2, 4, 9, 9)).dtype == torch.bfloat16
-    assert layer(torch.randn(4, 9, 9)).shape == (4, 9, 9)
-    assert layer.to(torch.bfloat16)(torch.randn(2, 4, 9, 9).bfloat16()).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(("rate", "dtype"), [(0.5, torch.float32), (2.0, torch.float32), (50.0, torch.bfloat16)])
+def test_under_autocast_the_cheaper_way_is_taken(compiled_convolution, monkeypatch, rate, dtype):
+    monkeypatch.setattr(fft_conv, "low_precision_rate", lambda: rate)
+    layer = FftConv2d(32, 64, 7, padding=3)
+    x = torch.randn(2, 32, 28, 28)
+    exact = nn.functional.conv2d(x.double(), layer.weight.detach().double(), padding=3).float()
+    for given in (x, x.bfloat16()):
+        with torch.autocast("cpu", torch.bfloat16):
+            y = layer(given)
+        assert y.dtype == dtype
+        (gradient,) = torch.autograd.grad(y.float().sum(), layer.weight)
+        assert gradient.dtype == torch.float32
+        without_bias = (y - layer.bias.detach().view(-1, 1, 1)).float()
+        assert rms(without_bias.detach() - exact) <= 1e-2 * rms(exact)
+
+
+def test_this_processor_has_a_rate():
+    assert fft_conv.low_precision_rate() in (0.5, 2.0, 8.0)
 
 
 def test_batch_innermost_pool():

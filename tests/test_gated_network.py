@@ -207,6 +207,17 @@ def test_features_are_flattened():
     assert network.features(x).shape == (5, 12 * 3 * 3)
 
 
+def test_features_in_bf16_are_in_the_order_of_those_in_float32():
+    x, _, _ = toy.biased_set(20)
+    network = make(toy.network(), x, "relu2")
+    exact = network.features(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        given, _ = network(x)
+        features = network.features(x)
+    assert torch.equal(given, features)
+    torch.testing.assert_close(features.float(), exact, rtol=0, atol=0.03 * float(exact.abs().max()))
+
+
 def test_unknown_bottleneck_names_the_known_ones():
     x, _, _ = tiny.samples()
     with pytest.raises(ValueError, match="unknown bottleneck 'fc9'; the modules of Sequential: fc1, relu, classifier"):

@@ -18,18 +18,21 @@ def numbers(paths: list[Path]) -> Rows:
 
 
 def run_numbers(run: RunFolder) -> Rows:
-    """Validation figures; the biases' accuracies are their mean. ``pruned_`` figures are there where it was judged."""
+    """Validation figures; the biases' accuracies are their mean.
+
+    ``pruned_`` figures are there where the pruned network was judged, those of validation where there is such a set.
+    """
     return [
         {
             "epoch": row["epoch"],
             "temperature": row["temperature"],
             "half_open": row.get("half_open"),
-            "task_accuracy": row["val_task_accuracy"],
-            "bias_accuracy": mean(row["val_bias_accuracy"]),
+            "task_accuracy": row.get("val_task_accuracy"),
+            "bias_accuracy": _mean(row.get("val_bias_accuracy")),
             "pruned_task_accuracy": row.get("pruned_task_accuracy"),
-            "pruned_bias_accuracy": mean(row["pruned_bias_accuracy"]) if "pruned_bias_accuracy" in row else None,
+            "pruned_bias_accuracy": _mean(row.get("pruned_bias_accuracy")),
             "train_mi": row["train_mi"],
-            "val_mi": row["val_mi"],
+            "val_mi": row.get("val_mi"),
             "chance": run.chance,
             "anneals": run.settings.get("schedule") == "adaptive",
         }
@@ -37,13 +40,18 @@ def run_numbers(run: RunFolder) -> Rows:
     ]
 
 
+def _mean(values: list[float] | None) -> float | None:
+    return mean(values) if values else None
+
+
 def draw(rows: Rows) -> Figure:
     """Three panels over epochs; tenfold falls of the temperature are thin upright lines."""
     figure = new_figure(5.2)
     accuracy, information, temperature = new_axes(figure, 3, 1, sharex=True, height_ratios=(1.3, 1, 1))
     epochs = [row["epoch"] for row in rows]
+    validated = [row for row in rows if row["task_accuracy"] is not None]
     for name, title, hue in (("task", "task", "pruned"), ("bias", "bias, by a head", "warm")):
-        accuracy.plot(epochs, [row[f"{name}_accuracy"] for row in rows], color=color(hue), label=title)
+        _plot(accuracy, validated, f"{name}_accuracy", hue, title)
         judged = [row for row in rows if row[f"pruned_{name}_accuracy"] is not None]
         accuracy.plot(
             [row["epoch"] for row in judged],
@@ -53,9 +61,12 @@ def draw(rows: Rows) -> Figure:
         )  # fmt: skip
     label_line(accuracy, rows[0]["chance"], "chance")
     accuracy.set(ylim=(0, 1.02), ylabel="accuracy")
-    legend(accuracy)
-    information.plot(epochs, [row["train_mi"] for row in rows], color=color("vanilla"), label="training")
-    information.plot(epochs, [row["val_mi"] for row in rows], color=color("plum"), label="validation")
+    if validated:
+        legend(accuracy)
+    else:
+        accuracy.set_title("no validation set", fontsize=8.5, color=color("muted"))
+    _plot(information, rows, "train_mi", "vanilla", "training")
+    _plot(information, validated, "val_mi", "plum", "validation")
     information.set(ylabel="information", ylim=(0, None))
     legend(information)
     temperature.plot(epochs, [row["temperature"] for row in rows], color=color("gold"), drawstyle=_style(rows))
@@ -70,6 +81,10 @@ def draw(rows: Rows) -> Figure:
         axes.yaxis.label.set_fontsize(8.5)
     figure.align_ylabels()
     return figure
+
+
+def _plot(axes: Axes, rows: Rows, name: str, hue: str, label: str) -> None:
+    axes.plot([row["epoch"] for row in rows], [row[name] for row in rows], color=color(hue), label=label)
 
 
 def _style(rows: Rows) -> str:

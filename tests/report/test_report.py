@@ -53,6 +53,12 @@ def test_it_says_what_the_folder_says(folder, page):
     assert "interrupted" not in page
 
 
+def test_a_run_without_a_validation_set_has_a_page(tmp_path):
+    bise = {"max_epochs": 2, "method": "bise"}
+    page = write_report(small_run(tmp_path, extraction=bise, without_val=True)).read_text()
+    assert "no validation set" in page
+
+
 def test_every_figure_is_there_and_follows_light_and_dark(page):
     pictures = re.findall(r"<svg.*?</svg>", page, re.DOTALL)
     assert len(pictures) == 5
