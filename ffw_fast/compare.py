@@ -7,7 +7,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields, replace
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -70,7 +70,7 @@ def _compare(request: Request, seeds: list[int], settings: list[Setting], progre
         ours = replace(request, seed=seed, out=request.out / f"seed-{seed}")
         ours.out.mkdir(parents=True, exist_ok=True)
         splits = request.workload.load(request.data_dir, seed, **request.data_options)
-        vanilla = trained_vanilla(ours, splits, progress)
+        vanilla = cache(partial(trained_vanilla, ours, splits, progress))  # not where all rows are there
         for name, make in _methods(ours, splits, vanilla, settings, progress):
             done = rows.setdefault(name, [])
             if any(row["seed"] == seed for row in done):
@@ -135,7 +135,7 @@ class Made:
 
 
 def _methods(
-    request: Request, splits: Splits, vanilla: nn.Module, settings: list[Setting], progress: Progress
+    request: Request, splits: Splits, vanilla: Callable[[], nn.Module], settings: list[Setting], progress: Progress
 ) -> Iterator[tuple[str, Callable[[], Made]]]:
     """Every method by name, and how its network is made. Baselines get the same validation set."""
     base: Settings = request.settings
@@ -144,15 +144,15 @@ def _methods(
 
     unbiased = f"{len(train.y)} + {len(val.y)} unbiased"
 
-    def trained(function: Callable[..., nn.Module], model: nn.Module) -> Made:
-        return Made(function(model, train, val, base, epochs), 0.0, epochs, unbiased)
+    def trained(function: Callable[..., nn.Module], model: Callable[[], nn.Module]) -> Made:
+        return Made(function(model(), train, val, base, epochs), 0.0, epochs, unbiased)
 
-    yield "vanilla", lambda: Made(vanilla)
+    yield "vanilla", lambda: Made(vanilla())
     for share in MAGNITUDE_SPARSITIES:
         yield f"magnitude {share:g}", partial(_by_magnitude, vanilla, share)
     yield "DFR", lambda: trained(refit_last_layer, vanilla)
     yield "all weights fine-tuned", lambda: trained(train_on_unbiased, vanilla)
-    fresh = request.workload.build_model(request.seed)
+    fresh = partial(request.workload.build_model, request.seed)
     yield "trained on the unbiased set alone", lambda: trained(train_on_unbiased, fresh)
     for setting in settings:
         extraction = _Extracted(request, splits, vanilla, setting, progress)
@@ -167,7 +167,12 @@ class _Extracted:
     """
 
     def __init__(
-        self, request: Request, splits: Splits, vanilla: nn.Module, setting: Setting, progress: Progress
+        self,
+        request: Request,
+        splits: Splits,
+        vanilla: Callable[[], nn.Module],
+        setting: Setting,
+        progress: Progress,
     ) -> None:
         self.task = extraction_task(replace(request, extraction={**request.extraction, **asdict(setting)}), splits)
         self.vanilla, self.progress = vanilla, progress
@@ -188,7 +193,7 @@ class _Extracted:
     def _extracted(self) -> Extraction:
         task = self.task
         return extract(
-            self.vanilla,
+            self.vanilla(),
             task.train,
             task.val,
             run_dir=self.folder,
@@ -211,8 +216,8 @@ class _Extracted:
         return Made(network, sparsity(masks), len(self.found.history), self.needs, seconds)
 
 
-def _by_magnitude(vanilla: nn.Module, share: float) -> Made:
-    return Made(prune_by_magnitude(vanilla, share), share)
+def _by_magnitude(vanilla: Callable[[], nn.Module], share: float) -> Made:
+    return Made(prune_by_magnitude(vanilla(), share), share)
 
 
 @torch.no_grad()

@@ -1,6 +1,7 @@
 """FFW beside its baselines."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -101,7 +102,9 @@ def test_compare_keeps_what_is_done_and_shows_every_method(tmp_path, capsys, mon
     first = file["methods"]
     del file["identity"]["settings"]["cache_augmented"]  # as of a version that did not know it
     (tmp_path / "compare.json").write_text(json.dumps(file))
+    shutil.rmtree(tmp_path / "seed-1")
     assert main([*arguments, "--seeds", "1", "2"]) == 0
+    assert not (tmp_path / "seed-1" / "vanilla.safetensors").exists(), "nothing needed it any more"
     both = json.loads((tmp_path / "compare.json").read_text())["methods"]
     shown = capsys.readouterr().out
     assert both.keys() == first.keys()
