@@ -286,3 +286,8 @@ def test_bad_settings(settings):
 def test_bad_anneal_rate(rate):
     with pytest.raises(ValueError, match="anneal_rate must be positive and finite, got"):
         GatedAdam(make_gates(), anneal_rate=rate)
+
+
+def test_parameters_are_refused():
+    with pytest.raises(TypeError, match=r"takes ffw_fast\.gated_network\.FlatGates, got Parameter; the scores of"):
+        GatedAdam(torch.nn.Linear(2, 2).parameters())
