@@ -66,8 +66,9 @@ class FlatGates:
         self.own = self._group.own(len(self.weight))
         self.scores = torch.zeros_like(self.weight[self.own])
         ends = [torch.arange(part.stop, end) for part, end in zip(self._slices.values(), offsets[1:], strict=True)]
-        padding = torch.cat(ends).to(example.device)
-        self._padding = padding[(padding >= self.own.start) & (padding < self.own.stop)]
+        padding = torch.cat(ends)
+        own = (padding >= self.own.start) & (padding < self.own.stop)
+        self._padding = padding[own].to(example.device)
 
     @property
     def count(self) -> int:
