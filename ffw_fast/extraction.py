@@ -4,6 +4,7 @@ import copy
 import csv
 import io
 import os
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -124,6 +125,8 @@ class Extraction:
     def load(cls, directory: str | os.PathLike[str], model: nn.Module) -> Self:
         """Read what ``save`` wrote, for the biased network ``model`` that the scores were learned on.
 
+        Warns where the model has other weights than that network.
+
         Raises:
             FileNotFoundError: a file is missing.
             ValueError: a file is damaged, or scores do not fit the model.
@@ -140,7 +143,25 @@ class Extraction:
         if not isinstance(shape, list) or not all(isinstance(size, int) and size > 0 for size in shape):
             raise ValueError(f"{folder / CONFIG}: input_shape must be a list of positive integers, got {shape!r}")
         history, metrics = read_history(folder / HISTORY), read_json(folder / METRICS)
-        return cls(model, settings, scores, best_scores, history, metrics, tuple(shape))
+        found = cls(model, settings, scores, best_scores, history, metrics, tuple(shape))
+        found._compare_with(folder / MODEL)
+        return found
+
+    def _compare_with(self, path: Path) -> None:
+        """Warn where the file, if there is one, holds another pruned network than these scores make of the model."""
+        if not path.is_file():
+            return
+        saved, _ = read_tensors(path)
+        ours = {name: value.cpu() for name, value in self.model().state_dict().items()}
+        same = saved.keys() == ours.keys() and all(
+            value.dtype == saved[name].dtype and torch.equal(value, saved[name]) for name, value in ours.items()
+        )
+        if not same:
+            warnings.warn(
+                f"the model's weights are not those that the scores were learned on: pruned, it is not the network of "
+                f"{path}",
+                stacklevel=3,
+            )
 
 
 def gated_tensors(model: nn.Module, settings: Settings) -> dict[str, Tensor]:
@@ -171,13 +192,16 @@ def apply_masks(model: nn.Module, masks: dict[str, Tensor]) -> nn.Module:
     A weight that another module holds too, such as an embedding, stays there as it was: masks are of layers.
 
     Raises:
-        ValueError: a layer that the model has not, or a mask of another shape than its weight; nothing is changed.
+        ValueError, TypeError: a layer that the model has not, a mask of another shape than its weight, or one that is
+            not boolean; nothing is changed.
     """
     layers = dict(model.named_modules())
     for name, mask in masks.items():
         weight = getattr(layers.get(name), "weight", None)
         if not isinstance(weight, Tensor):
             raise ValueError(f"masks: {type(model).__name__} has no layer {name!r} with a weight")
+        if mask.dtype != torch.bool:
+            raise TypeError(f"the mask of {name!r} must be boolean, got {mask.dtype}; scores are masks where >= 0")
         if mask.shape != weight.shape:
             raise ValueError(f"the mask of {name!r} has shape {tuple(mask.shape)}, expected {tuple(weight.shape)}")
     for name, mask in masks.items():
@@ -257,6 +281,8 @@ def read_history(path: Path) -> list[dict[str, Any]]:
     """What ``write_history`` wrote. ``ValueError`` with the path where it is damaged."""
     try:
         rows = list(csv.DictReader(io.StringIO(read_text(path), newline="")))
+        if any(text is None for row in rows for text in row.values()):
+            raise ValueError("a line ends too early")
         return [{column: _value(column, text) for column, text in row.items() if text} for row in rows]
     except (ValueError, TypeError, AttributeError, csv.Error) as error:  # too long a row has the column None
         raise ValueError(f"{path} is damaged: {error}") from error

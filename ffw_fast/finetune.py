@@ -16,7 +16,7 @@ from ffw_fast.inputs import prepare
 from ffw_fast.measure import accuracy
 from ffw_fast.objective import objective
 from ffw_fast.seeding import epoch_order
-from ffw_fast.settings import Settings
+from ffw_fast.settings import Settings, check_integer, check_number
 
 LR = 1e-3
 FINETUNE_EPOCHS = "finetune epoch"  # the stream of orders in which samples are visited
@@ -53,8 +53,9 @@ def finetune(
     Raises:
         ValueError, TypeError: bad data or settings, or data that does not fit the model.
     """
-    if epochs < 1 or gamma < 0 or lr <= 0:
-        raise ValueError(f"expected epochs >= 1, gamma >= 0 and lr > 0, got {epochs}, {gamma} and {lr}")
+    check_integer("epochs", epochs, 1)
+    check_number("gamma", gamma, positive=False)
+    check_number("lr", lr, positive=True)
     val_is_given = val is not None
     problem = prepare(model, train, val, settings).to(next(model.parameters()).device)
     train, val = problem.train, problem.val
@@ -121,8 +122,9 @@ class _Reader:
         self.kept = output.flatten(1)
 
     def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Features (n, D) and logits (n, C), in the heads' float32 whatever the network's dtype."""
         logits = self.network(x)
-        return self.kept, logits
+        return self.kept.float(), logits.float()
 
     @torch.no_grad()
     def features(self, x: Inputs) -> Tensor:

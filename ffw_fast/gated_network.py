@@ -65,6 +65,10 @@ class FlatGates:
             self.gated.data[part] = self._gated(part, torch.zeros_like(weight))
         self.own = self._group.own(len(self.weight))
         self.scores = torch.zeros_like(self.weight[self.own])
+        ends = [torch.arange(part.stop, end) for part, end in zip(self._slices.values(), offsets[1:], strict=True)]
+        padding = torch.cat(ends)
+        own = (padding >= self.own.start) & (padding < self.own.stop)
+        self._padding = padding[own].to(example.device)
 
     @property
     def count(self) -> int:
@@ -161,6 +165,18 @@ class FlatGates:
             if self.kind.is_random:
                 uniform = philox.uniform(len(scores), self.draw_from(self.draw, part.start)).to(scores.dtype)
             self.movement += gate_movement(self.kind, scores, self.temperature, uniform).sum(dtype=torch.float64)
+        self.leave_out_padding()
+
+    @torch.no_grad()
+    def leave_out_padding(self) -> None:
+        """Take the padding's part out of the movement of the own gates, over which kernels sum as over all others.
+
+        It is 0 but for ``concrete``, whose gates also move where the score is 0.
+        """
+        if self.kind is GateKind.CONCRETE:
+            uniform = philox.uniform_at(self._padding, self.draw).to(self.scores.dtype)
+            moved = gate_movement(self.kind, torch.zeros_like(uniform), self.temperature, uniform)
+            self.movement.sub_(moved.sum(dtype=torch.float64)).clamp_(min=0)  # kernels round the same sum otherwise
 
     def set_temperature(self, temperature: float) -> None:
         """Set T and recompute the gated weights."""

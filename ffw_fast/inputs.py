@@ -123,6 +123,8 @@ def _checked(x: Inputs, y: Tensor, b: Tensor, name: str, num_bias_classes: int |
     for label, values in (("y", y), ("b", b)):
         if values.is_floating_point() or values.is_complex() or values.dtype == torch.bool:
             raise TypeError(f"{name}: {label} must hold integers, got {values.dtype}")
+    y, b = y.long(), b.long()  # PyTorch cannot compare all unsigned formats
+    for label, values in (("y", y), ("b", b)):
         if values.min() < 0:
             raise ValueError(f"{name}: {label} holds negative labels, the lowest is {values.min().item()}")
     if num_bias_classes is not None and b.max() >= num_bias_classes:
@@ -132,7 +134,7 @@ def _checked(x: Inputs, y: Tensor, b: Tensor, name: str, num_bias_classes: int |
         if not x.isfinite().all():
             where = (~x.flatten(1).isfinite().all(dim=1)).nonzero()[0].item()
             raise ValueError(f"{name}: x holds NaN or inf, first in sample {where}")
-    return Samples(x, y.long(), b.long())
+    return Samples(x, y, b)
 
 
 def _widened(samples: Samples, dtype: torch.dtype, name: str) -> Samples:

@@ -115,7 +115,7 @@ class MaskedLayer(nn.Module):
         return dense
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, gate={self.gate!r}"
+        return ", ".join(filter(None, (super().extra_repr(), f"gate={self.gate!r}")))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         exact = self.temperature
@@ -267,7 +267,10 @@ def maskable_layers(model: nn.Module, include: LayerFilter = None) -> dict[str, 
         _check_dense(layer, f"layer {name!r}")
         weight = layer.weight
         if weight in owners:
-            raise ValueError(f"layers {owners[weight]!r} and {name!r} share one weight: leave one out with `include`")
+            raise ValueError(
+                f"layers {owners[weight]!r} and {name!r} share one weight: untie them, or leave one out of mask_model "
+                "with `include`"
+            )
         owners[weight] = name
     return layers
 

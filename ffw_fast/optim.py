@@ -28,6 +28,11 @@ class GatedOptimizer(torch.optim.Optimizer, ABC):
 
     def __init__(self, gates: FlatGates | Iterable[FlatGates], defaults: dict[str, Any]) -> None:
         groups = [gates] if isinstance(gates, FlatGates) else list(gates)
+        if strangers := sorted({type(flat).__name__ for flat in groups if not isinstance(flat, FlatGates)}):
+            raise TypeError(
+                f"{type(self).__name__} takes ffw_fast.gated_network.FlatGates, got {', '.join(strangers)}; the scores "
+                "of masked layers are ordinary parameters, for torch.optim.Adam"
+            )
         self._gates = {flat.gated: flat for flat in groups}
         super().__init__([{"params": [flat.gated]} for flat in groups], defaults)
 
@@ -194,6 +199,7 @@ class GatedAdam(GatedOptimizer):
         flat.temperature.copy_(next_temperature)
         flat.draw.copy_(next_draw)
         if annealing:
+            flat.leave_out_padding()
             flat.total_(flat.movement)
 
     def start(self) -> None:

@@ -50,10 +50,10 @@ class Settings:
         if not isinstance(self.bottleneck, str):
             raise TypeError(f"bottleneck must be the name of a module, got {type(self.bottleneck).__name__}")
         for name in ("gamma", "alpha"):
-            _check_number(name, getattr(self, name), positive=False)
-        _check_number("anneal_rate", self.anneal_rate, positive=True)
+            check_number(name, getattr(self, name), positive=False)
+        check_number("anneal_rate", self.anneal_rate, positive=True)
         for name, least in (("num_bias_classes", 2), ("max_epochs", 1), ("batch_size", 1)):
-            _check_integer(name, getattr(self, name), least)
+            check_integer(name, getattr(self, name), least)
         check_seed(self.seed)
         if not isinstance(self.cache_augmented, bool):
             raise TypeError(f"cache_augmented must be True or False, got {self.cache_augmented!r}")
@@ -98,7 +98,7 @@ class Settings:
             if not isinstance(rho, int | float) or isinstance(rho, bool) or not 0 < rho < 1:
                 raise ValueError(f"correlations must lie between 0 and 1, both excluded, got {rho!r}")
         for label in self.aligned or ():
-            _check_integer("aligned: a bias label", label, 0)
+            check_integer("aligned: a bias label", label, 0)
         if self.method == "bise" and self.schedule != "halving":
             raise ValueError(f"method 'bise' goes with schedule 'halving', got {self.schedule!r}")
 
@@ -106,12 +106,14 @@ class Settings:
 DEFAULTS = {field.name: field.default for field in fields(Settings) if field.default is not MISSING}
 
 
-def _check_number(name: str, value: Any, positive: bool) -> None:
+def check_number(name: str, value: Any, positive: bool) -> None:
+    """``ValueError`` unless the value is a finite number, above 0 or at least not below."""
     number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     if not number or value < 0 or (positive and value == 0):
         raise ValueError(f"{name} must be a {'positive' if positive else 'non-negative'} finite number, got {value!r}")
 
 
-def _check_integer(name: str, value: Any, least: int) -> None:
+def check_integer(name: str, value: Any, least: int) -> None:
+    """``ValueError`` unless the value is a whole number of at least ``least``."""
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}")

@@ -188,3 +188,10 @@ def test_a_model_in_training_mode_is_run_in_eval_mode(few_head_epochs, function)
     assert_equal(given, expected)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert all(part.training for part in model.modules())
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.uint8, torch.uint16, torch.uint32])
+def test_labels_of_every_integer_format(few_head_epochs, dtype):
+    x, y, b = samples()
+    expected = extract(network(), (x, y, b), samples(seed=1), **arguments())
+    assert_equal(extract(network(), (x, y.to(dtype), b.to(dtype)), samples(seed=1), **arguments()), expected)

@@ -296,3 +296,9 @@ class Untraceable(nn.Module):
 def test_bad_input(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_a_gated_activation_tells_its_gate_when_printed():
+    assert "GatedActivation(\n  gate='hard'\n  (activation): ReLU()\n)" in repr(
+        GatedActivation(nn.ReLU(), (4,), "hard")
+    )

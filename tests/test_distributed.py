@@ -67,6 +67,7 @@ CASES = {
     "published": {"max_epochs": 4},
     "adaptive": {"schedule": "adaptive", "anneal_rate": 1e-2, "max_epochs": 4},
     "random gates": {"gate": "bernoulli", "max_epochs": 3},
+    "annealed random gates": {"gate": "concrete", "schedule": "adaptive", "anneal_rate": 1e-2, "max_epochs": 3},
     "short last minibatch of 1": {"batch_size": 8, "max_epochs": 2},
 }
 

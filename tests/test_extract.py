@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from ffw_fast import heads, reference
+from ffw_fast.evaluation import evaluate
 from ffw_fast.extract import extract
 from ffw_fast.extraction import Extraction
 from ffw_fast.fft_conv import FftConv2d, has_compiled_kernel
@@ -143,8 +144,22 @@ def test_fft_convolutions_are_held_to_the_reference():
     assert_held_together(extract(model, train, val, **arguments), reference.extract(model, train, val, **arguments))
 
 
-def test_adaptive_random_gates_are_held_to_the_reference():
-    assert_held_together(*both(1, True, gate="bernoulli", schedule="adaptive", anneal_rate=1e-3, max_epochs=3))
+@pytest.mark.parametrize("gate", ["bernoulli", "concrete"])
+@pytest.mark.parametrize("granularity", ["weight", "channel"])
+def test_adaptive_random_gates_are_held_to_the_reference(few_head_epochs, gate, granularity):
+    settings = {"gate": gate, "granularity": granularity, "schedule": "adaptive", "anneal_rate": 1e-3}
+    fast, plain = both(1, True, **settings, max_epochs=3)
+    assert_held_together(fast, plain)
+    falls = [[row["temperature"] for row in found.history] for found in (fast, plain)]
+    assert falls[0] == pytest.approx(falls[1], rel=1e-5)
+
+
+@pytest.mark.parametrize("gate", ["bernoulli", "concrete"])
+@pytest.mark.parametrize("method", ["ffw", "bise"])
+def test_the_biased_network_is_measured_without_the_random_gates(few_head_epochs, gate, method):
+    for found in both(1, True, gate=gate, method=method, max_epochs=1):
+        reached = evaluate(network(), biased_set(70, 1, 2)).average
+        assert found.metrics["vanilla"]["task_accuracy"] == pytest.approx(reached)
 
 
 def test_whole_published_schedule_ends_by_temperature_and_debiases():

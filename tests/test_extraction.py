@@ -171,6 +171,18 @@ def test_scores_of_another_model_are_refused(folder, make, message):
         Extraction.load(folder, make())
 
 
+@pytest.mark.filterwarnings("error")
+def test_a_model_with_other_weights_is_pointed_out(found, folder):
+    other = copy.deepcopy(found.dense_model)
+    Extraction.load(folder, other)
+    with torch.no_grad():
+        other.classifier.bias[0] += 1
+    with pytest.warns(UserWarning, match=r"not those that the scores were learned on: .*model\.safetensors"):
+        Extraction.load(folder, other)
+    (folder / files.MODEL).unlink()
+    Extraction.load(folder, other)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -223,7 +235,13 @@ def test_bad_settings_on_disk(found, folder, content, message):
 
 @pytest.mark.parametrize(
     "content",
-    [b"epoch,loss\r\none,2\r\n", b"epoch\r\n1,2,3\r\n", b"epoch\r\n\xff\xfe\r\n", b'epoch\r\n"' + b"1" * 200_000],
+    [
+        b"epoch,loss\r\none,2\r\n",
+        b"epoch,loss\r\n1,2\r\n2",
+        b"epoch\r\n1,2,3\r\n",
+        b"epoch\r\n\xff\xfe\r\n",
+        b'epoch\r\n"' + b"1" * 200_000,
+    ],
 )
 def test_bad_history_on_disk(found, folder, content):
     (folder / files.HISTORY).write_bytes(content)
@@ -342,12 +360,13 @@ def test_masks_from_disk_prune_any_copy_of_the_network(found, folder):
         ({"fc3": torch.ones(8, 6, dtype=torch.bool)}, "Sequential has no layer 'fc3'"),
         ({"relu": torch.ones(8, dtype=torch.bool)}, "Sequential has no layer 'relu' with a weight"),
         ({"fc1": torch.ones(6, 8, dtype=torch.bool)}, r"mask of 'fc1' has shape \(6, 8\), expected \(8, 6\)"),
+        ({"fc1": torch.ones(8, 6)}, r"mask of 'fc1' must be boolean, got torch\.float32"),
     ],
 )
 def test_masks_of_another_network_are_refused(masks, message):
     model = network()
     whole = {"classifier": torch.zeros(CLASSES, 8, dtype=torch.bool)}
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, TypeError), match=message):
         apply_masks(model, whole | masks)
     assert model.classifier.weight.any(), "nothing was pruned"
 

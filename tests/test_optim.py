@@ -8,7 +8,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR
 
 from ffw_fast import philox
 from ffw_fast.gated_network import FlatGates
-from ffw_fast.gates import GATES, GateKind, gate_kind
+from ffw_fast.gates import GATES, GateKind, gate_kind, gate_movement
 from ffw_fast.modules import flat_offsets
 from ffw_fast.optim import GatedAdam
 
@@ -241,6 +241,20 @@ def test_annealing_by_the_movement_of_the_gates():
     assert max(falls) < 0.02  # the rule, and not the limit, was what held
 
 
+@pytest.mark.parametrize("kind", [GateKind.FFW, GateKind.BERNOULLI, GateKind.CONCRETE])
+def test_the_padding_has_no_part_in_the_movement(kind):
+    gates = make_gates(kind)
+    optimizer = GatedAdam(gates, anneal_rate=1e-3)
+    for step in range(3):
+        expected = 0.0
+        for (name, scores), offset in zip(gates.views(gates.scores).items(), flat_offsets([15, 24]), strict=False):
+            draw = philox.make_draw(7, step, offset)
+            uniform = philox.uniform(scores.numel(), draw).view(SHAPES[name]).double()
+            expected += gate_movement(kind, scores, gates.temperature, uniform).sum().item()
+        assert gates.movement.item() == pytest.approx(expected, rel=1e-6)
+        optimizer.step()
+
+
 def test_gates_that_do_not_move_let_the_temperature_fall_by_the_limit():
     gates = make_gates()
     gates.scores.fill_(3.0)
@@ -272,3 +286,8 @@ def test_bad_settings(settings):
 def test_bad_anneal_rate(rate):
     with pytest.raises(ValueError, match="anneal_rate must be positive and finite, got"):
         GatedAdam(make_gates(), anneal_rate=rate)
+
+
+def test_parameters_are_refused():
+    with pytest.raises(TypeError, match=r"takes ffw_fast\.gated_network\.FlatGates, got Parameter; the scores of"):
+        GatedAdam(torch.nn.Linear(2, 2).parameters())
