@@ -78,7 +78,14 @@ class Settings:
 
     @classmethod
     def of(cls, **given: Any) -> Self:
-        """Settings in which gamma, gate, granularity and schedule are the method's own where None or absent."""
+        """Settings in which gamma, gate, granularity and schedule are the method's own where None or absent.
+
+        Raises:
+            TypeError: an argument that ``ffw_fast.extract`` does not have.
+        """
+        known = [field.name for field in fields(cls)]
+        if unknown := [name for name in given if name not in known]:
+            raise TypeError(f"unknown argument {unknown[0]!r}; those of extract are: {', '.join(known)}")
         defaults = METHODS["bise"].keys()
         chosen = {name: value for name, value in given.items() if name not in defaults or value is not None}
         return cls(**{**METHODS.get(str(given.get("method")), {}), **chosen})

@@ -6,8 +6,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ffw_fast import extract, reference
 from ffw_fast.gates import GATES, GateKind
 from ffw_fast.settings import PRECISIONS, Settings
+from tests import tiny
 
 NEEDED = {"bottleneck": "pool", "num_bias_classes": 10}
 NOT_WHOLE = (1.0, True, "3", None)
@@ -70,3 +72,11 @@ def test_hard_gates_do_not_go_with_annealing_by_their_movement():
         Settings(**NEEDED, gate="hard", schedule="adaptive")
     for gate in ("ffw", "bernoulli", "concrete"):
         Settings(**NEEDED, gate=gate, schedule="adaptive")
+
+
+@pytest.mark.parametrize("function", [extract, reference.extract])
+def test_an_unknown_argument_is_named_beside_the_known_ones(function):
+    with pytest.raises(TypeError, match="'gama'"):
+        function(tiny.network(), tiny.samples(), tiny.samples(), bottleneck="relu", num_bias_classes=3, gama=1.0)
+    with pytest.raises(TypeError, match=r"unknown argument 'gama'; those of extract are: bottleneck, .*gamma"):
+        Settings.of(**NEEDED, gama=1.0)
