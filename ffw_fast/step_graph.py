@@ -41,6 +41,11 @@ class StepGraph:
         self._batch: tuple[Tensor, ...] = ()  # what a replay reads
         self._graph: torch.cuda.CUDAGraph | None = None
 
+    @property
+    def is_captured(self) -> bool:
+        """Whether full minibatches are replayed from a graph by now."""
+        return self._graph is not None
+
     def __call__(self, *batch: Tensor) -> None:
         if not self._is_capturable or len(batch[0]) != self._size:
             self._step(*batch)
