@@ -1,6 +1,7 @@
 """The benchmark for GPUs in its dry mode: the same code on the CPU, and what a failure leaves."""
 
 import json
+import os
 import sys
 import time
 from dataclasses import replace
@@ -10,6 +11,7 @@ import torch
 from ffw_fast.benchmarks import gpu, gpu_sections, jobs
 
 from ffw_fast import ops
+from tests import conftest
 
 
 @pytest.fixture
@@ -138,6 +140,22 @@ def test_what_is_missing_is_told(monkeypatch):
     monkeypatch.setattr(gpu_sections.shutil, "which", lambda name: None)
     found = " ".join(gpu_sections.missing())
     assert all(name in found for name in ("triton", "C compiler", "pytest-xdist", "compute-sanitizer"))
+
+
+@pytest.mark.parametrize(("ruined", "left"), [(False, []), (True, [1])])
+def test_a_worker_whose_device_is_ruined_makes_room(monkeypatch, ruined, left):
+    def synchronize():
+        if ruined:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    codes = []
+    monkeypatch.setenv("PYTEST_XDIST_WORKER", "gw0")
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    monkeypatch.setattr(os, "_exit", codes.append)
+    conftest.pytest_runtest_logfinish()
+    monkeypatch.undo()
+    assert codes == left
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
