@@ -129,6 +129,29 @@ def test_a_failed_capture_warns_once_and_loses_no_step(monkeypatch):
     assert events == [[n, n] if full else [n] for n in range(WARM_UP_STEPS + 2) for full in (True, False)]
 
 
+def test_the_warning_tells_the_first_error_and_not_that_of_the_capture_s_end(monkeypatch):
+    fake = FakeGraphs(monkeypatch)
+
+    @contextlib.contextmanager
+    def capture(graph):
+        try:
+            yield
+        finally:
+            raise RuntimeError("operation failed due to a previous error during capture")
+
+    def step(x):
+        if graph._warm_up_left == 0 and fake.events == []:
+            fake.events.append("failed")
+            raise RuntimeError("cannot read back while capturing")
+
+    monkeypatch.setattr(torch.cuda, "graph", capture)
+    graph = StepGraph(step, 2, torch.device("cpu"))
+    graph._is_capturable, graph._warm_up_left = True, 0
+    with pytest.warns(RuntimeWarning, match="cannot read back while capturing"):
+        graph(torch.zeros(2))
+    assert not graph.is_captured
+
+
 def two_runs(monkeypatch, device, schedule):
     """Scores of one extraction that may replay its steps and of one that may not; only a failed capture is an error."""
     sets = [tuple(part.to(device) for part in tiny.samples(65, seed=seed)) for seed in (0, 1)]
