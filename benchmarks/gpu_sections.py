@@ -183,10 +183,10 @@ def _pytest(paths: tuple[str, ...], dry: bool) -> Rows:
 def _run_tests(command: list[str], settings: dict[str, str]) -> dict[str, Any]:
     """Prints what the tests print as it comes, for a section that does not end in time."""
     # The tests poison memory by deterministic algorithms, for which older versions of PyTorch ask this of cuBLAS.
-    environment = {**os.environ, "CUBLAS_WORKSPACE_CONFIG": ":4096:8", **settings}
+    settings = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "OMP_NUM_THREADS": "2", **settings}
     failed, last = [], ""
     with subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        command, cwd=ROOT, env=os.environ | settings, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     ) as process:
         assert process.stdout is not None
         for line in process.stdout:
