@@ -98,6 +98,7 @@ class BuildLibraries(build_ext):
         codes = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in CUDA_ARCHITECTURES]
         codes.append(f"-gencode=arch=compute_{newest},code=compute_{newest}")
         flags = ["-shared", "-std=c++17", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden", STABLE_ABI, "-DUSE_CUDA"]
+        flags.append("--threads=0")  # all architectures at a time, on as many cores as there are
         paths = [f"-I{folder}" for folder in ext.include_dirs] + [f"-L{folder}" for folder in ext.library_dirs]
         self.spawn([nvcc, *flags, *codes, *paths, *ext.sources, "-ltorch_cpu", "-ltorch_cuda", "-o", str(target)])
 

@@ -41,6 +41,11 @@ class StepGraph:
         self._batch: tuple[Tensor, ...] = ()  # what a replay reads
         self._graph: torch.cuda.CUDAGraph | None = None
 
+    @property
+    def is_captured(self) -> bool:
+        """Whether full minibatches are replayed from a graph by now."""
+        return self._graph is not None
+
     def __call__(self, *batch: Tensor) -> None:
         if not self._is_capturable or len(batch[0]) != self._size:
             self._step(*batch)
@@ -78,8 +83,15 @@ class StepGraph:
                 self._step(*self._batch)
         except RuntimeError as error:
             self._is_capturable = False
-            reason = str(error).split("\n", 1)[0]
+            reason = str(_first(error)).split("\n", 1)[0]
             warnings.warn(f"the training step is not run from a CUDA graph: {reason}", RuntimeWarning, stacklevel=2)
             return False
         self._graph = graph
         return True
+
+
+def _first(error: BaseException) -> BaseException:
+    """What began it: the end of a capture that went wrong raises an error of its own, which does not say why."""
+    while error.__context__ is not None:
+        error = error.__context__
+    return error

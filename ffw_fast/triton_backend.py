@@ -62,15 +62,18 @@ def _head(weight: Tensor, bias: Tensor, weight_momentum: Tensor, bias_momentum: 
     return (
         features.dtype == torch.float32
         and weight.shape[1] <= MOST_CLASSES
+        and plateau.is_contiguous()
         and all(tensor.dtype == torch.float32 and tensor.is_contiguous() for tensor in state)
     )
 
 
-def _matmul_precision() -> str:
+def matmul_precision() -> str:
+    """Of float32 matrix products: PyTorch's setting, whose default is "ieee"."""
     return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
-def _convolution_precision() -> str:
+def convolution_precision() -> str:
+    """Of float32 convolutions: PyTorch's setting, whose default is "tf32"."""
     conv = torch.backends.cudnn.conv  # type: ignore[attr-defined]
     return "tf32" if conv.fp32_precision == "tf32" else "ieee"
 
@@ -82,12 +85,12 @@ KERNELS = {
     "mutual_information": TritonKernel("mutual_information", _logits),
     "mutual_information_backward": TritonKernel("mutual_information", _logits),
     "fit_linear_head_": TritonKernel("linear_head", _head),
-    "masked_linear": TritonKernel("masked_linear", _floats, _matmul_precision),
-    "masked_linear_input_grad": TritonKernel("masked_linear", _floats, _matmul_precision),
-    "masked_linear_score_grad": TritonKernel("masked_linear", _floats, _matmul_precision),
-    "masked_conv2d": TritonKernel("masked_conv2d", _floats, _convolution_precision),
-    "masked_conv2d_input_grad": TritonKernel("masked_conv2d", _floats, _convolution_precision),
-    "masked_conv2d_score_grad": TritonKernel("masked_conv2d", _floats, _convolution_precision),
+    "masked_linear": TritonKernel("masked_linear", _floats, matmul_precision),
+    "masked_linear_input_grad": TritonKernel("masked_linear", _floats, matmul_precision),
+    "masked_linear_score_grad": TritonKernel("masked_linear", _floats, matmul_precision),
+    "masked_conv2d": TritonKernel("masked_conv2d", _floats, convolution_precision),
+    "masked_conv2d_input_grad": TritonKernel("masked_conv2d", _floats, convolution_precision),
+    "masked_conv2d_score_grad": TritonKernel("masked_conv2d", _floats, convolution_precision),
 }
 
 registered: dict[str, tuple[str, ...]] = {}  # device type -> operators that Triton serves there
@@ -108,10 +111,11 @@ def register(device: str, leave_out: Sequence[str] = ()) -> None:
     """Let Triton serve its operators on a type of device, ``cuda`` or ``cpu`` (the interpreter), but for some."""
     registered[device] = tuple(name for name in KERNELS if name not in leave_out)
     for name in registered[device]:
-        _library.impl(name, functools.partial(_run, name), device.upper())
+        _library.impl(name, functools.partial(run, name), device.upper())
 
 
-def _run(name: str, *arguments: Any) -> Any:
+def run(name: str, *arguments: Any) -> Any:
+    """An operator by its Triton kernel, or by plain PyTorch where that does not take these arguments."""
     ops.check_apart(name, arguments)
     kernel = KERNELS[name]
     if not kernel.accepts(*arguments):

@@ -130,8 +130,8 @@ def gated_adam_step_(
         partials = scores.new_empty(programs if measure else 1, dtype=torch.float32)
         gated_adam_kernel[(programs,)](
             gated, scores, exp_avg, exp_avg_sq, partials, weight, grad, temperature, next_temperature, step,
-            lr, draw, next_draw, count, 1 - beta1, beta2, 1 - beta2, _log(beta1), _log(beta2), eps,
-            weight_decay,
+            lr, draw.contiguous(), next_draw.contiguous(), count, 1 - beta1, beta2, 1 - beta2, _log(beta1),
+            _log(beta2), eps, weight_decay,
             KIND=int(kind), MEASURE=measure, BLOCK=ELEMENTWISE_BLOCK, num_warps=ELEMENTWISE_WARPS,
             enable_fp_fusion=False,
         )  # fmt: skip

@@ -181,6 +181,8 @@ def fit_linear_head_(
         return losses
     features = features if features.stride(1) == 1 else features.contiguous()
     labels, order = labels.contiguous(), order.contiguous()
+    if not plateau.is_contiguous():
+        raise ValueError(f"plateau must be contiguous, got strides {plateau.stride()}")
     batch_size = min(batch_size, count)
     error = weight.new_empty(heads, batch_size, classes)
     sums = weight.new_empty(heads, 2)  # of an epoch's losses, and what was lost in rounding them

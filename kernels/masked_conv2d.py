@@ -379,6 +379,7 @@ def masked_conv2d(
     shape = _Shape.of(tuple(x.shape), weight, stride, padding, dilation, groups)
     memory_format, channels_inner = _format(x)
     x, weight, scores = (tensor.contiguous(memory_format=memory_format) for tensor in (x, weight, scores))
+    draw, bias = draw.contiguous(), None if bias is None else bias.contiguous()
     out = torch.empty(shape.out, dtype=x.dtype, device=x.device, memory_format=memory_format)
     if out.numel():
         rows, columns = shape.out[0] * shape.out[2] * shape.out[3], shape.group_outs
@@ -425,6 +426,7 @@ def masked_conv2d_input_grad(
         check_shape("output", output, shape.out)
     memory_format, channels_inner = _format(grad)
     grad, weight, scores = (tensor.contiguous(memory_format=memory_format) for tensor in (grad, weight, scores))
+    draw = draw.contiguous()
     output = None if output is None else output.contiguous(memory_format=memory_format)
     out = torch.empty(shape.x, dtype=grad.dtype, device=grad.device, memory_format=memory_format)
     if not out.numel():
@@ -478,6 +480,7 @@ def masked_conv2d_score_grad(
         check_shape("output", output, shape.out)
     memory_format, channels_inner = _format(x)
     grad, x, weight, scores = (tensor.contiguous(memory_format=memory_format) for tensor in (grad, x, weight, scores))
+    draw = draw.contiguous()
     output = None if output is None else output.contiguous(memory_format=memory_format)
     out = torch.empty_like(scores)
     if not out.numel():

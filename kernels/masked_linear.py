@@ -146,7 +146,8 @@ def masked_linear(
     rows = _rows(x)
     out = x.new_empty(len(rows), outs)
     if out.numel():
-        weight, scores = weight.contiguous(), scores.contiguous()
+        weight, scores, draw = weight.contiguous(), scores.contiguous(), draw.contiguous()
+        bias = None if bias is None else bias.contiguous()
         wide = is_wide(rows, weight, out)
 
         def launch(tile: Tile) -> None:
@@ -187,7 +188,7 @@ def masked_linear_input_grad(
     rows = grad.reshape(-1, outs).contiguous()
     out = grad.new_empty(len(rows), ins)
     if out.numel():
-        weight, scores = weight.contiguous(), scores.contiguous()
+        weight, scores, draw = weight.contiguous(), scores.contiguous(), draw.contiguous()
         wide = is_wide(rows, weight, out)
 
         def launch(tile: Tile) -> None:
@@ -235,7 +236,7 @@ def masked_linear_score_grad(
     out = torch.empty_like(scores, memory_format=torch.contiguous_format)
     if not out.numel():
         return out
-    weight, scores = weight.contiguous(), scores.contiguous()
+    weight, scores, draw = weight.contiguous(), scores.contiguous(), draw.contiguous()
 
     def launch(tile: Tile) -> None:
         tiles = _tiles(outs, ins, tile)

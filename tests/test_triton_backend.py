@@ -67,12 +67,13 @@ def test_what_is_left_to_pytorch():
     head = [torch.zeros(1, 5, 8), torch.zeros(1, 5)] * 2
     assert accepts("fit_linear_head_", *head, torch.zeros(3), torch.zeros(9, 8))
     assert not accepts("fit_linear_head_", *head, torch.zeros(3), torch.zeros(9, 8, dtype=torch.float64))
+    assert not accepts("fit_linear_head_", *head, torch.zeros(6)[::2], torch.zeros(9, 8))
 
 
 def test_buffers_that_share_memory_are_refused_before_a_kernel_sees_them():
     changed, rest = adam_inputs(32)
     with pytest.raises(ValueError, match="gated and exp_avg share memory"):
-        triton_backend._run("gated_adam_step_", changed[0], changed[1], changed[0], *changed[3:], *rest, 0, False)
+        triton_backend.run("gated_adam_step_", changed[0], changed[1], changed[0], *changed[3:], *rest, 0, False)
 
 
 REGISTERED = """

@@ -36,8 +36,8 @@ def test_gates(defaults, kind, dtype, count):
     weight, scores = random(count, seed=1, dtype=dtype), random(count, seed=2, scale=0.1)
     arguments = [weight, scores, *settings(), int(kind)]
     got = torch.ops.ffw_fast.gate_weight(*on_gpu(arguments)).cpu()
-    if kind is GateKind.FFW:
-        torch.testing.assert_close(got, defaults.gate_weight(*arguments), rtol=4 * torch.finfo(dtype).eps, atol=0)
+    if kind is GateKind.FFW:  # the quick division is off by up to 2 units in the last place, and not the only rounding
+        torch.testing.assert_close(got, defaults.gate_weight(*arguments), rtol=8 * torch.finfo(dtype).eps, atol=0)
     else:
         assert torch.equal(got, defaults.gate_weight(*arguments))
     arguments.insert(0, random(count, seed=3, dtype=dtype))

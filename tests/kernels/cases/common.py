@@ -31,6 +31,11 @@ def draw(seed: int = 11, number: int = 7, first: int = 64) -> Tensor:
     return philox.make_draw(seed, number, first, torch.device(DEVICE))
 
 
+def with_gaps(tensor: Tensor) -> Tensor:
+    """The same numbers with others between them in memory."""
+    return torch.stack([tensor, tensor + 1], dim=-1)[..., 0]
+
+
 def assert_as_good(result: Tensor, own: Tensor, exact: Tensor, slack: float = 4.0) -> None:
     """The kernel's result is at most twice as far from the exact one as PyTorch's own of the same precision.
 

@@ -7,7 +7,7 @@ from ffw_fast.kernels.gated_adam import gated_adam_step_
 from ffw_fast import ops
 from ffw_fast.gates import GateKind
 
-from .common import DEVICE, KINDS, assert_as_good, draw, normal, one
+from .common import DEVICE, KINDS, assert_as_good, draw, normal, one, with_gaps
 
 SETTINGS = {"beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 1e-4}
 NAMES = ("gated", "scores", "exp_avg", "exp_avg_sq")
@@ -28,10 +28,11 @@ def state(size, dtype=torch.float32, scores_dtype=torch.float32):
     }
 
 
-def run(function, tensors, kind, measure, count=3.0, settings=SETTINGS, temperatures=(0.5, 0.4)):
+def run(function, tensors, kind, measure, count=3.0, settings=SETTINGS, temperatures=(0.5, 0.4), draws=None):
     own = {name: tensor.clone() for name, tensor in tensors.items()}
     scalars = map(one, (*temperatures, count, 1e-3))
-    function(*own.values(), *scalars, draw(1, 5, 0), draw(1, 6, 0), *settings.values(), kind, measure)
+    draws = draws or (draw(1, 5, 0), draw(1, 6, 0))
+    function(*own.values(), *scalars, *draws, *settings.values(), kind, measure)
     return own
 
 
@@ -78,6 +79,15 @@ def test_other_settings(betas):
         exact = run(ops.gated_adam_step_default_, doubled(tensors), GateKind.FFW, False, count, settings)
         for name in NAMES:
             assert_as_good(result[name], default[name], exact[name])
+
+
+def test_draws_with_gaps():
+    draws = draw(1, 5, 0), draw(1, 6, 0)
+    dense, other = (
+        run(gated_adam_step_, state(100), GateKind.BERNOULLI, False, draws=keys)
+        for keys in (draws, tuple(map(with_gaps, draws)))
+    )
+    assert all(torch.equal(other[name], dense[name]) for name in NAMES)
 
 
 def test_padding_stays_zero_and_movement_repeats():

@@ -11,7 +11,7 @@ from torch.nn import grad as conv_grad
 from ffw_fast import ops
 from ffw_fast.gates import GateKind
 
-from .common import INTERPRETED, KINDS, assert_as_good, draw, normal, one
+from .common import INTERPRETED, KINDS, assert_as_good, draw, normal, one, with_gaps
 
 SMALL = Tile(32, 16, 32, 4, 2)
 # batch, channels, height, width, outputs, kernel, then the convolution's own settings
@@ -128,6 +128,18 @@ def test_strided_tensors():
         masked_conv2d_score_grad(last, x, *gate, padding=1, tile=SMALL),
         masked_conv2d_score_grad(grad, x, *gate, padding=1, tile=SMALL),
     )
+
+
+def test_draws_and_biases_with_gaps():
+    (x, weight, scores, bias, grad), (temperature, key) = layer(SMALL_CASE)
+    dense, other = ((weight, scores, temperature, one_key, GateKind.CONCRETE) for one_key in (key, with_gaps(key)))
+    expected = masked_conv2d(x, *dense, bias, padding=1, tile=SMALL)
+    assert torch.equal(masked_conv2d(x, *other, with_gaps(bias), padding=1, tile=SMALL), expected)
+    for call in (
+        lambda gate: masked_conv2d_input_grad(grad, x.shape, *gate, padding=1, tile=SMALL),
+        lambda gate: masked_conv2d_score_grad(grad, x, *gate, padding=1, tile=SMALL),
+    ):
+        assert torch.equal(call(other), call(dense))
 
 
 def test_no_samples():

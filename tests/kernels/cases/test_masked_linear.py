@@ -10,7 +10,7 @@ from torch.nn import functional
 from ffw_fast import ops
 from ffw_fast.gates import GateKind
 
-from .common import DEVICE, INTERPRETED, KINDS, assert_as_good, draw, normal, one
+from .common import DEVICE, INTERPRETED, KINDS, assert_as_good, draw, normal, one, with_gaps
 
 SMALL = Tile(16, 16, 16, 4, 2)
 SHAPES = [(1, 1, 1), (16, 16, 16), (17, 33, 5), (3, 20, 40), (35, 7, 31)]  # rows, outputs, inputs
@@ -113,6 +113,18 @@ def test_leading_dimensions_and_strides():
     assert torch.equal(masked_linear(x.T.contiguous().T, *gate, bias, tile=SMALL), expected)
     assert torch.equal(masked_linear_score_grad(expected, padded[:, :7], *gate, tile=SMALL),
                        masked_linear_score_grad(expected, x, *gate, tile=SMALL))  # fmt: skip
+
+
+def test_draws_and_biases_with_gaps():
+    (x, weight, scores, bias, grad), (temperature, key) = layer(4, 5, 7)
+    dense, other = ((weight, scores, temperature, one_key, GateKind.BERNOULLI) for one_key in (key, with_gaps(key)))
+    expected = masked_linear(x, *dense, bias, tile=SMALL)
+    assert torch.equal(masked_linear(x, *other, with_gaps(bias), tile=SMALL), expected)
+    for call in (
+        lambda gate: masked_linear_input_grad(grad, *gate, tile=SMALL),
+        lambda gate: masked_linear_score_grad(grad, x, *gate, tile=SMALL),
+    ):
+        assert torch.equal(call(other), call(dense))
 
 
 def test_no_rows():

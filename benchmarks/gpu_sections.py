@@ -1,0 +1,396 @@
+"""What ``ffw-fast bench gpu`` does on a CUDA machine, section by section; ``dry``: the same on the CPU at small sizes.
+
+A section is a generator of rows, each a dict that JSON can hold. Whoever runs it writes down every row as it comes, so
+that a kernel that hangs or ruins the process costs the rows after it alone.
+"""
+
+import math
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from functools import partial
+from importlib import metadata, util
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from ffw_fast.benchmarks import jobs, machine, roofline
+from ffw_fast.benchmarks.table8 import EPOCHS, Parts, feature_width, settings_of
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from ffw_fast import ops, philox, triton_backend
+from ffw_fast.backend import backend_info
+from ffw_fast.gates import GateKind
+from ffw_fast.inputs import Problem
+from ffw_fast.loop import Loop
+from ffw_fast.optim import BETAS, EPS, WEIGHT_DECAY
+
+Rows = Iterator[dict[str, Any]]
+
+ROOT = Path(__file__).resolve().parents[1]
+TOLERANCE = 1e-3  # of the largest number, between a kernel and the plain-PyTorch one; no speed is told beyond it
+CUDA_TESTS = ("tests/cuda/test_gpu.py", "tests/test_step_graph.py")
+TRITON_TESTS = ("tests/kernels/cases",)
+TEST_SECONDS = 60  # a test that takes longer hangs
+WORKERS = 8  # processes that share the device, most of whose time goes into compiling Triton's kernels
+SANITIZED = "1029 or heads or mutual_information"  # the sanitizers slow a kernel down many times
+
+
+def device_of(dry: bool) -> torch.device:
+    return torch.device("cpu" if dry else "cuda")
+
+
+def seconds(run: Callable[[], Any], dry: bool, repeats: int = 20) -> float:
+    """Median time of a call, the device's work included; by the device's own clock where there is one."""
+    if dry:
+        return machine.seconds(run, 2)
+    for _ in range(3):
+        run()
+    torch.cuda.synchronize()
+    times = []
+    for _ in range(repeats):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        run()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) / 1000)
+    return median(times)
+
+
+# The build and what is there ------------------------------------------------------------------------------------------
+
+
+def build(dry: bool) -> Rows:
+    """Compile ``csrc`` with the CUDA kernels in place; dry: only say by which command."""
+    command = [sys.executable, "setup.py", "build_ext", "--inplace", "--parallel", "2"]
+    row: dict[str, Any] = {"command": "FFW_FAST_BUILD=cuda " + " ".join(command), "run": not dry}
+    if not dry:
+        done = subprocess.run(command, cwd=ROOT, env={**os.environ, "FFW_FAST_BUILD": "cuda"}, check=False)
+        row["passed"] = done.returncode == 0
+    yield row
+
+
+def here(dry: bool) -> Rows:
+    """Device, driver, versions and tools, what is missing and what that costs; then what the device can do."""
+    yield {
+        "python": sys.version.split()[0],
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "triton": _version("triton"),
+        "nvcc": _output(_nvcc() or "nvcc", "--version"),
+        "driver": _output("nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"),
+        "capability": None if dry else ".".join(map(str, torch.cuda.get_device_capability())),
+        "tf32": {"matmul": triton_backend.matmul_precision(), "convolution": triton_backend.convolution_precision()},
+        "missing": missing(),
+        "machine": machine.describe(),
+        "backend": backend_info(),
+    }
+    yield {"copy_bytes_per_second": copy_rate(dry)}
+    for name, dtype in {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16}.items():
+        yield {f"{name}_flops_per_second": _matrix_rate(dtype, name == "tf32", dry)}
+
+
+def missing() -> list[str]:
+    """What this machine lacks of all that the sections use, and what goes undone without it."""
+    headers = Path(sysconfig.get_path("include"), "Python.h")
+    wanted = {
+        "nvcc (set CUDA_HOME): no CUDA C++ kernels, Triton serves what they would": _nvcc(),
+        "triton: no kernels of masked layers, PyTorch serves them": util.find_spec("triton"),
+        "a C compiler, by which Triton builds its launchers": shutil.which("cc") or shutil.which("gcc"),
+        f"{headers}, which Triton's launchers include": headers.exists(),
+        "pytest: no tests are run": util.find_spec("pytest"),
+        "hypothesis: no tests are run": util.find_spec("hypothesis"),
+        "pytest-xdist: tests run in one process, which may take too long": util.find_spec("xdist"),
+        "pytest-timeout: a test that hangs ends its section": util.find_spec("pytest_timeout"),
+        "compute-sanitizer: memory accesses and races are not checked": sanitizer(),
+    }
+    return [what for what, found in wanted.items() if not found]
+
+
+def _nvcc() -> str | None:
+    homes = [os.environ.get(name) for name in ("CUDA_HOME", "CUDA_PATH")]
+    places = [str(Path(home, "bin", "nvcc")) for home in homes if home]
+    return next(filter(None, map(shutil.which, (*places, "/usr/local/cuda/bin/nvcc", "nvcc"))), None)
+
+
+def sanitizer() -> str | None:
+    return shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer")
+
+
+def _version(package: str) -> str | None:
+    return metadata.version(package) if util.find_spec(package) else None
+
+
+def _output(*command: str) -> str | None:
+    """The last line that a program prints; None where it is missing."""
+    if shutil.which(command[0]) is None:
+        return None
+    done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
+    return (done.stdout.strip() or done.stderr.strip()).splitlines()[-1]
+
+
+def copy_rate(dry: bool) -> float:
+    """Bytes/s, read plus written, of a copy that no cache holds."""
+    source = torch.randn(2**16 if dry else 2**28, device=device_of(dry))
+    target = torch.empty_like(source)
+    return 2 * 4 * len(source) / seconds(lambda: target.copy_(source), dry)
+
+
+def _matrix_rate(dtype: torch.dtype, tf32: bool, dry: bool) -> float:
+    side, matmul = 64 if dry else 8192, torch.backends.cuda.matmul
+    a, b = (torch.randn(side, side, device=device_of(dry)).to(dtype) for _ in range(2))
+    before, matmul.allow_tf32 = matmul.allow_tf32, tf32
+    try:
+        return 2 * side**3 / seconds(lambda: a @ b, dry, repeats=5)
+    finally:
+        matmul.allow_tf32 = before
+
+
+# The tests ------------------------------------------------------------------------------------------------------------
+
+
+def cuda_tests(dry: bool) -> Rows:
+    """Those of the CUDA C++ kernels and of the step's graph; dry: only collect them."""
+    return _pytest(CUDA_TESTS, dry)
+
+
+def triton_tests(dry: bool) -> Rows:
+    """Those of the Triton kernels, every launch compiled for this device; dry: only collect them."""
+    return _pytest(TRITON_TESTS, dry)
+
+
+def _pytest(paths: tuple[str, ...], dry: bool) -> Rows:
+    command = [sys.executable, "-m", "pytest", "-v", "--tb=short", "-p", "no:cacheprovider", *paths]
+    if dry:
+        command.append("--collect-only")
+    else:
+        command += ["-n", str(WORKERS)] if util.find_spec("xdist") else []
+        limit = [f"--timeout={TEST_SECONDS}", "--timeout-method=thread"]  # it ends the process: nothing else can
+        command += limit if util.find_spec("pytest_timeout") else []
+    yield _run_tests(command, {"TRITON_INTERPRET": "1"} if dry else {})  # else none are collected without a device
+
+
+def _run_tests(command: list[str], settings: dict[str, str]) -> dict[str, Any]:
+    """Prints what the tests print as it comes, for a section that does not end in time."""
+    # The tests poison memory by deterministic algorithms, for which older versions of PyTorch ask this of cuBLAS.
+    settings = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "OMP_NUM_THREADS": "2", **settings}
+    failed, last = [], ""
+    with subprocess.Popen(
+        command, cwd=ROOT, env=os.environ | settings, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            print(line, end="", flush=True)
+            last = line.strip() or last
+            if re.match(r"(FAILED|ERROR) ", line):  # in the closing summary
+                failed.append(line.strip())
+    return {"command": " ".join(command), "passed": process.returncode == 0, "summary": last, "failed": failed}
+
+
+def sanitized(dry: bool) -> Rows:
+    """The CUDA C++ kernels' small tests under NVIDIA's own checks of memory accesses and of races."""
+    program = sanitizer()
+    tests = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", CUDA_TESTS[0], "-k", SANITIZED]
+    for tool in ("memcheck", "racecheck"):
+        if program is None or dry:
+            yield {"command": f"{tool}: {'dry' if dry else 'there is no compute-sanitizer'}"}
+        else:
+            yield _run_tests([program, "--tool", tool, "--error-exitcode", "9", *tests], {})
+
+
+# The operators --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Operator:
+    """A call of an operator and the bytes that it moves at least; ``detail`` tells it from others of the name."""
+
+    name: str
+    arguments: tuple[Any, ...]
+    bytes: float
+    detail: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.detail}".strip()
+
+
+def operators_of(count: int, device: torch.device) -> list[Operator]:
+    """Elementwise operators over ``count`` gates, those of the heads on a batch of 100, and a layer of each kind."""
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, device=device)
+
+    weight, scores, grad = normal(count), normal(count), normal(count)
+    one, draw = torch.ones((), device=device), philox.make_draw(1, device=device)
+    logits, labels = normal(100, 2, 10), torch.randint(10, (100, 2), device=device)
+    _, joint = ops.DEFAULTS["mutual_information"](logits, labels)
+    state = (weight.clone(), scores.clone(), torch.zeros_like(scores), torch.zeros_like(scores))
+    adam = (*state, torch.zeros((), dtype=torch.float64, device=device), weight, grad, one, one, one, 1e-3 * one)
+    settings = (draw, draw, *BETAS, EPS, WEIGHT_DECAY)
+    gates = [
+        Operator(name, (*arguments, int(kind), *rest), size * count, kind.name.lower())
+        for kind in (GateKind.FFW, GateKind.BERNOULLI)
+        for name, arguments, rest, size in (
+            ("gate_weight", (weight, scores, one, draw), (), 12),
+            ("gate_weight_backward", (grad, weight, scores, one, draw), (), 16),
+            ("gated_adam_step_", (*adam, *settings), (True,), 36),
+        )
+    ]
+    x, gate = normal(64, 256), (normal(256, 256), normal(256, 256), one, draw, 0)
+    image, filters = normal(16, 32, 14, 14), (normal(64, 32, 3, 3), normal(64, 32, 3, 3), one, draw, 0)
+    backward = (torch.ones(2, device=device), logits, labels, joint)
+    return [
+        *gates,
+        Operator("mutual_information", (logits, labels), 4 * logits.numel()),
+        Operator("mutual_information_backward", backward, 8 * logits.numel()),
+        _head(device),
+        Operator("masked_linear", (x, *gate, None, True), 4 * (2 * x.numel() + 2 * gate[0].numel())),
+        Operator(
+            "masked_conv2d", (image, *filters, None, (1, 1), (1, 1), (1, 1), 1, True),
+            4 * (3 * image.numel() + 2 * filters[0].numel()),
+        ),
+    ]  # fmt: skip
+
+
+def _head(device: torch.device, samples: int = 2000, width: int = 100, epochs: int = 2) -> Operator:
+    """Two epochs of the two heads of Multi-Color MNIST."""
+    features, labels = torch.randn(samples, width), torch.randint(10, (samples, 2))
+    order = torch.stack([torch.randperm(samples) for _ in range(epochs)])
+    state = (0.1 * torch.randn(2, 10, width), torch.zeros(2, 10), torch.zeros(2, 10, width), torch.zeros(2, 10))
+    plateau = torch.tensor([torch.inf, 0, 0], dtype=torch.float64)
+    tensors = (tensor.to(device) for tensor in (*state, plateau, features, labels, order))
+    return Operator("fit_linear_head_", (*tensors, 100, 0.1, 0.9, 1e-4, 1e-3, 5), 2 * 4 * epochs * features.numel())
+
+
+def _copies(arguments: tuple[Any, ...]) -> list[Any]:
+    return [value.clone() if isinstance(value, Tensor) else value for value in arguments]
+
+
+def _largest_error(call: Callable[..., Any], operator: Operator) -> float:
+    """Of results and changed arguments, against the plain-PyTorch kernel; relative to the largest number."""
+    mine, theirs = _copies(operator.arguments), _copies(operator.arguments)
+    results = call(*mine), ops.DEFAULTS[operator.name](*theirs)
+    leaves = [tree_leaves(values) for values in zip(results, (mine, theirs), strict=True)]
+    pairs = zip(*leaves, strict=True)
+    return max(_error(a, b) for a, b in pairs if isinstance(a, Tensor))
+
+
+def _error(a: Tensor, b: Tensor) -> float:
+    """The largest but for one in a million: a sampled gate at the edge of its score flips with the score's rounding."""
+    difference = (a.double() - b.double()).abs().flatten()
+    if difference.isnan().any():
+        return math.nan
+    largest = difference.topk(1 + difference.numel() // 1_000_000).values[-1]
+    return (largest / b.double().abs().max().clamp_min(1e-12)).item()
+
+
+def operators(dry: bool) -> Rows:
+    """Each operator by what serves it and by Triton, beside its plain-PyTorch kernel and the floor of its bytes."""
+    device = device_of(dry)
+    served, rate = backend_info()[device.type]["operators"], copy_rate(dry)
+    for operator in operators_of(5000 if dry else 11_000_000, device):
+        row = {"operator": str(operator), "kernel": served[operator.name], "floor": operator.bytes / rate}
+        sides = {"ours": getattr(torch.ops.ffw_fast, operator.name)}
+        if not dry and served[operator.name] == "cuda" and triton_backend.why_not() is None:
+            sides["triton"] = partial(triton_backend.run, operator.name)
+        for side, call in sides.items():
+            row |= _checked_time(side, call, operator, dry)
+        row |= _time("eager", ops.DEFAULTS[operator.name], operator, dry)
+        yield row
+
+
+def compiled(dry: bool) -> Rows:
+    """The plain-PyTorch kernel of each operator by torch.compile; dry: none, which would spend a minute."""
+    for operator in () if dry else operators_of(11_000_000, device_of(dry)):
+        call = torch.compile(ops.DEFAULTS[operator.name])
+        yield {"operator": str(operator), **_time("compiled", call, operator, dry)}
+
+
+def _checked_time(side: str, call: Callable[..., Any], operator: Operator, dry: bool) -> dict[str, Any]:
+    """Error and time of one side; no time where the result is wrong, and the reason where it fails."""
+    try:
+        error = _largest_error(call, operator)
+    except Exception as problem:
+        return {side: told(problem)}
+    return {f"{side} error": error, **(_time(side, call, operator, dry) if error <= TOLERANCE else {})}
+
+
+def _time(side: str, call: Callable[..., Any], operator: Operator, dry: bool) -> dict[str, Any]:
+    try:
+        return {side: seconds(partial(call, *_copies(operator.arguments)), dry)}
+    except Exception as problem:  # a failure leaves the other sides
+        return {side: told(problem)}
+
+
+def told(problem: Exception) -> str:
+    """An exception's class and the first line of what it says."""
+    return f"{type(problem).__name__}: {str(problem).splitlines()[0] if str(problem) else ''}"
+
+
+# The workloads --------------------------------------------------------------------------------------------------------
+
+
+def workloads(dry: bool) -> Rows:
+    """The parts of each row of Table 8 on this device, what they add up to, and the projection; the cheapest first."""
+    for job in jobs.TINY_JOBS if dry else jobs.JOBS[::-1]:
+        for precision in ("fp32",) if dry else ("fp32", "bf16"):
+            row = {"workload": job.name, "precision": precision, "paper_seconds": job.paper_seconds}
+            projected = roofline.project(job, "bf16" if precision == "bf16" else "tf32")
+            try:
+                parts, graph = measure(job, precision, dry)
+                row |= {"graph": graph, **asdict(parts), "job_seconds": EPOCHS * parts.fast_epoch(job)}
+            except Exception as problem:  # such as too little memory
+                row["graph"] = told(problem)
+            yield {**row, "projected_on_a100": projected.graph}
+
+
+def measure(job: jobs.Job, precision: str, dry: bool) -> tuple[Parts, str]:
+    """A training step as the loop runs it, features and a head epoch; and whether the step is a CUDA graph."""
+    device, model, steps = device_of(dry), job.network(), 2 if dry else 20
+    samples = jobs.random_samples(job, 4 * job.batch_size).to(device)
+    width = feature_width(job, model)
+    loop = Loop(Problem(settings_of(job, precision), model.to(device), samples, samples, width))
+    rows = torch.arange(job.batch_size, device=device)
+    batch = (samples.x[rows], samples.y[rows], samples.b[rows])
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(1 if dry else 5):  # warm up, and capture the graph
+            loop.step_graph(*batch)
+    graph = "yes" if loop.step_graph.is_captured else "; ".join(str(one.message) for one in caught) or "no"
+    step = seconds(lambda: loop.step_graph(*batch), dry, steps)
+    feature = seconds(lambda: loop.network.features(samples.x), dry, 5) / len(samples.y)
+    features = torch.randn(len(samples.y), loop.heads.weight.shape[2], device=device)
+    started_at, start = loop.heads.epochs, time.perf_counter()
+    loop.heads.fit(features, samples.b)
+    head = (time.perf_counter() - start) / (loop.heads.epochs - started_at) * job.train / len(samples.y)
+    return Parts(step, feature, head), graph
+
+
+@dataclass(frozen=True)
+class Section:
+    """What is run, and the seconds that it may take."""
+
+    run: Callable[[bool], Rows]
+    limit: float
+
+
+SECTIONS = {  # what matters most comes first: what is late is cut off
+    "build": Section(build, 120),
+    "here": Section(here, 40),
+    "cuda tests": Section(cuda_tests, 80),
+    "operators": Section(operators, 70),
+    "workloads": Section(workloads, 80),
+    "triton tests": Section(triton_tests, 100),
+    "sanitized": Section(sanitized, 50),
+    "compiled": Section(compiled, 40),
+}
