@@ -41,6 +41,8 @@ PASS, REFIT, EPOCH = "features of the set", "refit of the heads", "an epoch of t
 MESSAGES = (f"  {JOINT}", f"  {GRADIENT}", f"  {FEATURES}")
 PARTS = (STEP, NETWORK, *MESSAGES, HEADS, GATES, f"  {GATED}", PASS, REFIT, EPOCH)
 MODULE = (sys.executable, "-m", "ffw_fast.benchmarks.processes")
+JOB, TINY_JOB = "Corrupted CIFAR-10", "Tiny convolutions"
+OPTIONS = ("job", "tiny", "batch", "steps", "repeats", "rounds", "cores", "link", "shard", "late")  # of a record
 PATIENCE = timedelta(minutes=30)  # with a process that others keep from its core
 
 
@@ -147,7 +149,8 @@ def _loop(options: argparse.Namespace, group: Alone) -> Loop:
 
 
 def _job(options: argparse.Namespace) -> Job:
-    return chosen_jobs([options.job], TINY_JOBS if options.tiny else JOBS)[0]
+    jobs, default = (TINY_JOBS, TINY_JOB) if options.tiny else (JOBS, JOB)
+    return chosen_jobs([options.job or default], jobs)[0]
 
 
 def _carried() -> int:
@@ -233,11 +236,29 @@ def sent_table(count: int, members: list[dict[str, Any]], options: argparse.Name
     return table
 
 
+def record(
+    machine: dict[str, Any], results: dict[int, list[dict[str, Any]]], options: argparse.Namespace
+) -> dict[str, Any]:
+    """All figures: seconds are means over processes, bytes those of a step, of each message and over the first link."""
+    rows = [
+        {
+            "processes": count,
+            "threads": max(1, options.cores // count),
+            "gates": members[0]["gates"],
+            "seconds": _mean_seconds(members),
+            "bytes": {"messages": members[0]["sent"], "link": members[0]["carried"] if options.link else None},
+        }
+        for count, members in results.items()
+    ]
+    chosen = {name: getattr(options, name) for name in OPTIONS} | {"job": _job(options).name}
+    return {"machine": machine, "options": chosen, "rows": rows}
+
+
 def main(arguments: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(prog="ffw-fast bench processes", description=__doc__.split("\n\n")[0])
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2], help="how many (default: 1 2)")
     parser.add_argument("--cores", type=int, default=len(os.sched_getaffinity(0)), help="in use (default: all)")
-    parser.add_argument("--job", default="Corrupted CIFAR-10", help="a row of Table 8 (default: Corrupted CIFAR-10)")
+    parser.add_argument("--job", help=f"a row of Table 8 (default: {JOB}; with --tiny: {TINY_JOB})")
     parser.add_argument("--tiny", action="store_true", help="tiny jobs, for a dry run")
     parser.add_argument("--batch", type=int, default=100, help="samples of a minibatch (default: 100)")
     parser.add_argument("--steps", type=int, default=10, help="of one epoch over the random set (default: 10)")
@@ -246,6 +267,7 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--link", metavar="RATE", help="between two simulated hosts, as in tc: 1gbit")
     parser.add_argument("--shard", action="store_true", help="each process keeps the state of its own gates alone")
     parser.add_argument("--late", action="store_true", help="send the gradient after the backward pass, to compare")
+    parser.add_argument("--json", type=Path, help="write the figures, with machine and versions, to this file")
     parser.add_argument("--member", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.member:
@@ -264,6 +286,8 @@ def main(arguments: Sequence[str]) -> None:
     for count, members in results.items():
         if count > 1:
             print_table(sent_table(count, members, options))
+    if options.json:
+        options.json.write_text(json.dumps(record(machine, results, options), indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ffw_fast import bise
+from ffw_fast import bise, cautions
 from ffw_fast.extraction import masks_of, weight_sparsity
 from ffw_fast.inputs import Problem
 from ffw_fast.loop import Loop
@@ -76,4 +76,5 @@ class BiseLoop(Loop):
             self.metrics[name] = {**judged.as_dict(), "weight_sparsity": removed}
         self.metrics["selection"] = bise.selection(self.selects)
         self.metrics["measured_on"] = "val" if self.selects else "train"
+        self._warn(cautions.of_schedule(self.schedule, self.gates, len(self.history)))
         self.seconds += time.perf_counter() - started

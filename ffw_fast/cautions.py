@@ -1,4 +1,4 @@
-"""What a run should make one doubt, in plain words: nothing to remove, nothing to find, a bottleneck beside the way.
+"""What a run should make one doubt, in plain words: nothing to remove or find, a poor bottleneck, too few epochs.
 
 Each function gives the warnings that hold, none where all is well. They end up in ``Extraction.warnings``.
 """
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ffw_fast.gated_network import FlatGates, bottleneck_module
 from ffw_fast.measure import Measurement
+from ffw_fast.schedule import Schedule
 
 DEVIATIONS = 2.0  # of an accuracy at chance from it, by chance
 MOST_WITHOUT_GRADIENT = 0.5  # share of the gates
@@ -88,3 +89,22 @@ def of_gates(gates: FlatGates, second_moments: Tensor) -> Iterator[str]:
             f"{share:.0%} of the gates never got a gradient, so they stay open: their weights are 0, or their inputs "
             "or their units are dead"
         )
+
+
+def of_schedule(schedule: Schedule, gates: FlatGates, epochs: int) -> Iterator[str]:
+    """Of a run that ended after so many epochs before T was where its schedule ends. To be called on all processes."""
+    temperature = gates.temperature.item()
+    if schedule.has_ended(temperature):
+        return
+    distance = gates.half_open()
+    left = "the gates are open or shut, but the scores that decide which were not trained to the end"
+    if distance > 0:
+        left = (
+            f"the gates are on average still {distance:.2g} away from open or shut, so the pruned network is not yet "
+            "the one that was trained"
+        )
+    remedy = "allow more epochs (max_epochs)" + (" or take a larger anneal_rate" if schedule.anneals else "")
+    yield (
+        f"the run ended after {epochs} epoch{'s' * (epochs > 1)}, before its schedule did: T is {temperature:.2g} and "
+        f"was to fall to {schedule.last_temperature:.2g}; {left}: {remedy}"
+    )

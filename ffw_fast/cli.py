@@ -501,7 +501,7 @@ def _add_compact(commands: Commands) -> None:
 
 def _compact(options: argparse.Namespace) -> int:
     folder = Path(options.folder)
-    found = load_run(folder)
+    found = load_run(folder, options.model)
     pruned, small = found.model(options.best), found.model(options.best, compact=True)
     file = Path(options.file or folder / COMPACT)
     write_tensors(file, {name: value.clone() for name, value in small.state_dict().items()})
@@ -527,7 +527,7 @@ def _add_export(commands: Commands) -> None:
 
 
 def _export(options: argparse.Namespace) -> int:
-    found = load_run(options.folder)
+    found = load_run(options.folder, options.model)
     file = Path(options.file or Path(options.folder) / f"model.{options.format}")
     difference = export(found.model(options.best, compact=options.compact), found.example(), file, options.format)
     print(f"{file}: outputs differ by at most {difference:.2g}")
@@ -537,6 +537,11 @@ def _export(options: argparse.Namespace) -> int:
 def _add_folder(parser: argparse.ArgumentParser) -> None:
     """The arguments of commands that read a run's network."""
     parser.add_argument("folder", metavar="DIR", help="the run folder")
+    parser.add_argument(
+        "--model",
+        metavar="MODULE:FUNCTION",
+        help=f"of a run of {OWN}: gives the network, as for the run; the name in the folder is not called",
+    )
     parser.add_argument(
         "--best", action="store_true", help="the network with the best scores (default: that with the final ones)"
     )

@@ -11,18 +11,26 @@ Where the gates are sharded, each process keeps the state of its own slice of th
 their step, and sends their gated weights to the others.
 """
 
+import atexit
+import gc
 import json
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import cache
 from itertools import pairwise
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+if dist.is_available():
+    # Its functions keep the group that there is when it is imported, for good (see _freed_before_exit), and
+    # torch._dynamo imports it in the middle of a run. So it is imported before there is one.
+    import torch.distributed.nn.functional
 
 from ffw_fast import ops
 from ffw_fast.data.samples import Inputs, Samples, part_of
@@ -185,6 +193,7 @@ class Group(Alone):
     """The default process group of ``torch.distributed``. Messages are tensors; nothing is pickled."""
 
     def __init__(self) -> None:
+        _freed_before_exit()
         self.count, self.rank = dist.get_world_size(), dist.get_rank()
         self._store = dist.distributed_c10d._get_default_store()  # there is no public way to it
         on_gpu = dist.get_backend() == "nccl"
@@ -414,6 +423,18 @@ class ShardedGroup(Group):
         units = -(-gates // ALIGNMENT)
         bounds = [min(gates, rank * units // self.count * ALIGNMENT) for rank in range(self.count + 1)]
         return [slice(start, stop) for start, stop in pairwise(bounds)]
+
+
+@cache
+def _freed_before_exit() -> None:
+    """See to it that no group outlives the interpreter.
+
+    A thread of gloo keeps its last message until the group is freed, and needs the interpreter's lock to let go of the
+    tensors in it. While the interpreter ends nobody gets that lock: the thread is ended instead, in the middle of C++,
+    and the process with it ("terminate called without an active exception", exit code -6), after all its work was done.
+    ``destroy_process_group`` alone does not free a group: a loop holds one, and is part of a cycle of references.
+    """
+    atexit.register(gc.collect)
 
 
 def processes(shard: bool = False) -> Alone:

@@ -81,7 +81,7 @@ def extract(
         schedule: "published", T falls tenfold where the validation MI is on a plateau, from 1 to below 1e-8; or
             "adaptive", T falls in every step by what the gates feel of it; or "halving", T halves every 10 epochs.
         anneal_rate: of the adaptive schedule: how far the mean gate may move in one step through T's fall.
-        max_epochs: the run ends there even where the schedule has not.
+        max_epochs: the run ends there even where the schedule has not; ``Extraction.warnings`` says so.
         batch_size: of the gates, of the heads and of the validation MI.
         seed: of the heads' start, the order of samples and random gates. The global generators are not touched.
         precision: "fp32", or "bf16" for autocast: other results, for processors that have instructions for it.

@@ -248,6 +248,7 @@ class Loop:
         if "pruned_task_accuracy" not in self.history[-1]:
             self._judge()
         self._warn(cautions.of_gates(self.gates, self.optimizer.state[self.gates.gated]["exp_avg_sq"]))
+        self._warn(cautions.of_schedule(self.schedule, self.gates, len(self.history)))
         self.seconds += time.perf_counter() - started
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:

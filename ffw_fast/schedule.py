@@ -24,10 +24,14 @@ class Schedule(Protocol):
 
     Attributes:
         anneals: whether T also falls within an epoch, by what the gates feel (``falls_by``).
+        last_temperature: the T to which it falls, where the run ends.
     """
 
     anneals: bool
     __dataclass_fields__: ClassVar[dict[str, Any]]  # it is a dataclass: a checkpoint holds its fields
+
+    @property
+    def last_temperature(self) -> float: ...
 
     def after_epoch(self, temperature: float, validation_mi: float) -> tuple[float, bool]:
         """Temperature of the next epoch, and whether the pruned network is due to be judged now."""
@@ -45,6 +49,10 @@ class PublishedSchedule:
     plateau: Plateau = field(default_factory=lambda: Plateau(MI_THRESHOLD, MI_PATIENCE))
     anneals: bool = False
 
+    @property
+    def last_temperature(self) -> float:
+        return FINAL_TEMPERATURE
+
     def after_epoch(self, temperature: float, validation_mi: float) -> tuple[float, bool]:
         if not self.plateau.reached(validation_mi):
             return temperature, False
@@ -52,7 +60,7 @@ class PublishedSchedule:
         return temperature / COOLING, True
 
     def has_ended(self, temperature: float) -> bool:
-        return temperature < FINAL_TEMPERATURE * (1 - ROUNDING)
+        return temperature < self.last_temperature * (1 - ROUNDING)
 
 
 @dataclass
@@ -69,6 +77,10 @@ class AdaptiveSchedule:
     judged_at: float = 1.0
     anneals: bool = True
 
+    @property
+    def last_temperature(self) -> float:
+        return LAST_STEPS * self.lr
+
     def after_epoch(self, temperature: float, validation_mi: float) -> tuple[float, bool]:
         due = temperature <= self.judged_at / COOLING or self.has_ended(temperature)
         if due:
@@ -76,7 +88,7 @@ class AdaptiveSchedule:
         return temperature, due
 
     def has_ended(self, temperature: float) -> bool:
-        return temperature < LAST_STEPS * self.lr
+        return temperature < self.last_temperature
 
 
 @dataclass
@@ -86,13 +98,17 @@ class HalvingSchedule:
     epochs: int = 0
     anneals: bool = False
 
+    @property
+    def last_temperature(self) -> float:
+        return LAST_HALF
+
     def after_epoch(self, temperature: float, validation_mi: float) -> tuple[float, bool]:
         self.epochs += 1
         falls = self.epochs % EPOCHS_A_HALVING == 0
         return (temperature / 2 if falls else temperature), falls
 
     def has_ended(self, temperature: float) -> bool:
-        return temperature <= LAST_HALF
+        return temperature <= self.last_temperature
 
 
 SCHEDULES = ("published", "adaptive", "halving")

@@ -123,7 +123,53 @@ def test_labels_that_have_nothing_to_do_with_the_samples(short):
     assert any("bias 0 does not beat chance" in text for text in found.warnings)
 
 
-def test_a_sound_run_says_nothing(short):
+def on_the_toy(**changes):
     sets = toy.biased_set(200), toy.biased_set(200, seed=1)
-    found, seen = run(toy.network(), *sets, bottleneck=toy.BOTTLENECK, num_bias_classes=toy.CLASSES)
+    return run(toy.network(), *sets, bottleneck=toy.BOTTLENECK, num_bias_classes=toy.CLASSES, **changes)
+
+
+def test_a_sound_run_says_nothing(short):
+    found, seen = on_the_toy(schedule="adaptive", anneal_rate=1.0, max_epochs=100)
+    assert len(found.history) < 100
+    assert found.warnings == seen == []
+
+
+def cut_short(found: Extraction) -> list[str]:
+    return [text for text in found.warnings if "before its schedule did" in text]
+
+
+@pytest.mark.parametrize(
+    ("changes", "end", "remedy"),
+    [
+        ({"schedule": "published"}, "1e-08", "allow more epochs (max_epochs)"),
+        ({"schedule": "adaptive"}, "1e-05", "allow more epochs (max_epochs) or take a larger anneal_rate"),
+        ({"schedule": "halving", "gate": "bernoulli"}, "0.001", "allow more epochs (max_epochs)"),
+    ],
+)
+def test_a_run_that_ends_before_its_schedule(changes, end, remedy, short):
+    found, seen = on_the_toy(**changes)
+    (text,) = found.warnings
+    assert found.warnings == seen
+    assert text.startswith("the run ended after 2 epochs, before its schedule did: T is ")
+    assert f"was to fall to {end}; the gates are on average still {found.history[-1]['half_open']:.2g} away" in text
+    assert text.endswith(f"the pruned network is not yet the one that was trained: {remedy}")
+
+
+@pytest.mark.parametrize("val", [True, False])
+def test_gates_of_bise_are_shut_before_its_schedule_ends(val):
+    """Its own gates are open or shut at any T."""
+    train, other = samples(60), samples(60, seed=1)
+    found, seen = run(network(), train, other if val else None, method="bise")
+    assert found.warnings == seen
+    (text,) = cut_short(found)
+    assert "T is 1 and was to fall to 0.001; the gates are open or shut, but the scores" in text
+    assert "anneal_rate" not in text
+
+
+def test_a_checkpoint_that_is_continued_does_not_keep_it(short, tmp_path):
+    given = {"schedule": "adaptive", "anneal_rate": 1.0, "run_dir": tmp_path}
+    first, _ = on_the_toy(**given, max_epochs=2)
+    assert len(cut_short(first)) == 1
+    assert len(cut_short(on_the_toy(**given, max_epochs=3, resume=True)[0])) == 1, "that of its own end"
+    found, seen = on_the_toy(**given, max_epochs=100, resume=True)
     assert found.warnings == seen == []

@@ -270,6 +270,12 @@ def test_a_folder_without_a_run_is_refused(command, tmp_path, capsys):
     assert "holds no finished run of ffw-fast: it has no config.json" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("command", [["compact"], ["export", "--format", "pt2"]])
+def test_a_workload_has_a_model_of_its_own(command, finished, capsys):
+    assert main([command[0], str(finished), *command[1:], "--model", "mine:model"]) == 2
+    assert "a run of multi-color-mnist, which has a network of its own: leave out the model" in capsys.readouterr().err
+
+
 def test_a_run_of_another_network_is_refused(finished, tmp_path):
     for name in ("config.json", "scores.safetensors", "vanilla.safetensors"):
         (tmp_path / name).write_bytes((finished / name).read_bytes())

@@ -424,3 +424,38 @@ def test_a_killed_rank_ends_the_run_which_goes_on_from_its_checkpoint(tmp_path):
     assert again.returncode == 0, error
     assert output.count("run folder:") == 1, "one process speaks"
     assert json.loads((tmp_path / "metrics.json").read_text())["complete"] is True
+
+
+# The end ---
+
+LIVE_AND_END = """
+import atexit, os, sys
+from pathlib import Path
+
+def threads():
+    return {Path(f"/proc/self/task/{task}/comm").read_text().strip() for task in os.listdir("/proc/self/task")}
+
+atexit.register(lambda: print(*threads(), sep=","))  # what is registered later is called before it
+import torch.distributed as dist
+from ffw_fast.distributed import Group
+
+dist.init_process_group("gloo", store=dist.FileStore(sys.argv[1], 1), rank=0, world_size=1)
+import torch._dynamo
+
+class Loop:
+    def __init__(self):
+        self.group, self.itself = Group(), self
+
+Loop().group.facts(1)
+assert "pt_gloo_runloop" in threads()
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="threads have no names to be seen")
+def test_no_thread_of_a_group_is_left_when_the_interpreter_ends(tmp_path):
+    """One that is left may end the process by SIGABRT, now and then."""
+    command = [sys.executable, "-c", LIVE_AND_END, str(tmp_path / "store")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=MINUTES)
+    assert done.returncode == 0, done.stderr
+    assert not [name for name in done.stdout.strip().split(",") if "gloo" in name]

@@ -93,7 +93,41 @@ def test_model_and_data_of_the_current_folder(capsys):
     assert all(torch.equal(score, expected.scores[name]) for name, score in found.scores.items())
     assert metrics["vanilla"]["task_accuracy"] == ffw_fast.evaluate(network(seed=3), samples(30, seed=2)).average
     assert torch.equal(load_file("out/vanilla.safetensors")["fc1.weight"], network(seed=3).fc1.weight)
-    assert torch.equal(load_run("out").model().fc1.weight, found.model().fc1.weight)
+    assert torch.equal(load_run("out", model="mine:model").model().fc1.weight, found.model().fc1.weight)
+
+
+def test_a_run_folder_runs_no_code_of_its_own(capsys):
+    """The folder names a function, as a stranger's could: it is not called, and its module not imported."""
+    assert run("--model", "mine:model", "--data", "mine:two") == 0
+    config = json.loads(Path("out/config.json").read_text())
+    config["data_options"]["model"] = "theirs:model"
+    Path("out/config.json").write_text(json.dumps(config))
+    Path("theirs.py").write_text("open('mark', 'w').close()\n")
+    with pytest.raises(ValueError, match=r"not called, .* any code so: give the function by --model MODULE:FUNCTION"):
+        load_run("out")
+    for command in (["compact", "out"], ["export", "out", "--format", "pt2"]):
+        capsys.readouterr()
+        assert main(command) == 2
+        assert "give the function by --model MODULE:FUNCTION" in capsys.readouterr().err
+    assert not Path("mark").exists()
+    assert torch.equal(load_run("out", model="mine:model").dense_model.fc1.weight, network(seed=3).fc1.weight)
+    assert "theirs" not in sys.modules
+
+
+def test_a_run_becomes_a_program_by_the_function_that_the_user_names(capsys):
+    assert run("--model", "mine:model", "--data", "mine:two") == 0
+    export = ["export", "out", "--format", "pt2"]
+    assert main([*export, "--model", "mine:model"]) == 0
+    x = samples(5)[0]
+    found = load_run("out", model="mine:model")
+    torch.testing.assert_close(torch.export.load("out/model.pt2").module()(x), found.model()(x))
+    capsys.readouterr()
+    assert main([*export, "--model", "mine:modell"]) == 2
+    assert "modell is not there" in capsys.readouterr().err
+    Path("mine.py").write_text("from torch import nn\n\ndef small():\n    return nn.Linear(6, 3)\n")
+    sys.modules.pop("mine")
+    with pytest.raises(ValueError, match=r"vanilla.safetensors does not fit Linear"):
+        load_run("out", model="mine:small")
 
 
 def test_it_resumes_and_without_a_test_set_the_validation_set_is_measured():
