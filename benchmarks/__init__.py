@@ -10,6 +10,7 @@ BENCHES = {
     "roofline": "Table 8 on an A100, on paper: floors of all kernels and a projection, without a GPU",
     "gpu": "on a CUDA machine: build, kernel tests, operators and Table 8; --dry on the CPU",
     "cooling": "what a fall of T does to the gates: the published tenfold cut beside the adaptive schedule",
+    "annealing": "what the adaptive schedule adds to a step of the gates, for every kind of gate",
     "augmented": "heads on new draws of augmented data in every epoch, or on one draw a fit: time and result",
     "learning_rate": "the adaptive schedule with other learning rates of the scores: accuracy and leakage",
     "checkpoints": "what checkpoints cost: the seconds spent on them over the seconds of a whole run",

@@ -274,7 +274,8 @@ FFW_HD FFW_INLINE float uniform_of_element(const Draw& draw, int64_t element) {
 template <Kind kind, typename T>
 FFW_HD FFW_INLINE T gate_value(T m, T inverse, T u) {
   if constexpr (kind == Kind::ffw) {
-    const T exponential = decay(m * inverse);  // of no use where m >= 0, where the gate is 1 exactly
+    // Where m >= 0 the gate is 1 exactly; below, this is the exponential of the slope, computed once for both.
+    const T exponential = decay(-absolute(m * inverse));
     return m >= 0 ? T(1) : quotient(2 * exponential, 1 + exponential);
   } else if constexpr (kind == Kind::hard) {
     return m >= 0 ? T(1) : T(0);

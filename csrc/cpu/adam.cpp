@@ -42,8 +42,12 @@ double adam_dense(const Buffers& buffers, int64_t count, const Step& step, const
                                 inverse};
     T* gated = buffers.gated.target(start, v);
     loop.adam_step[kind](block, adam, n);
-    loop.gate_weight[kind](block.weight, block.scores, next_u, next_inverse, gated, n);
-    if (step.measure) movements[start / block_size] = loop.movement[kind](block.scores, next_u, next_inverse, n);
+    if (step.measure) {
+      movements[start / block_size] =
+          loop.gate_weight_and_movement[kind](block.weight, block.scores, next_u, next_inverse, gated, n);
+    } else {
+      loop.gate_weight[kind](block.weight, block.scores, next_u, next_inverse, gated, n);
+    }
     buffers.gated.write(start, n, gated);
     buffers.scores.write(start, n, block.scores);
     buffers.exp_avg.write(start, n, block.exp_avg);

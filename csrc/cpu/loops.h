@@ -62,8 +62,8 @@ struct Loops {
                                            int64_t n);
   // The new scores and moments.
   void (*adam_step[kind_count])(const AdamBlock<T>& block, const Adam<T>& adam, int64_t n);
-  // Sum of |dg / d ln T|
-  double (*movement[kind_count])(const T* m, const T* u, T inverse, int64_t n);
+  // out = w * g(m), and the sum of |dg / d ln T|
+  double (*gate_weight_and_movement[kind_count])(const T* w, const T* m, const T* u, T inverse, T* out, int64_t n);
 
   // Softmax of each of n rows of k numbers.
   void (*softmax)(const T* logits, int64_t n, int64_t k, T* out);

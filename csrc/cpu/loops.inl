@@ -69,18 +69,26 @@ FFW_LOOP void adam_step(const AdamBlock<T>& block, const Adam<T>& settings, int6
   }
 }
 
+// gate_weight, and the sum of the gates' movement: what both compute is computed once.
 template <Kind kind, typename T>
-FFW_LOOP double movement(const T* __restrict m, const T* __restrict u, T inverse, int64_t n) {
+FFW_LOOP double gate_weight_and_movement(const T* __restrict w, const T* __restrict m, const T* __restrict u, T inverse,
+                                         T* __restrict out, int64_t n) {
   constexpr int lanes = 32;  // the order of summation, the same for every instruction set
   T sums[lanes] = {};
   int64_t i = 0;
   for (; i + lanes <= n; i += lanes) {
     for (int lane = 0; lane < lanes; ++lane) {
-      sums[lane] += gate_movement<kind>(m[i + lane], inverse, is_random(kind) ? u[i + lane] : T(0));
+      const T uniform = is_random(kind) ? u[i + lane] : T(0);
+      out[i + lane] = w[i + lane] * gate_value<kind>(m[i + lane], inverse, uniform);
+      sums[lane] += gate_movement<kind>(m[i + lane], inverse, uniform);
     }
   }
   double total = 0;
-  for (; i < n; ++i) total += gate_movement<kind>(m[i], inverse, is_random(kind) ? u[i] : T(0));
+  for (; i < n; ++i) {
+    const T uniform = is_random(kind) ? u[i] : T(0);
+    out[i] = w[i] * gate_value<kind>(m[i], inverse, uniform);
+    total += gate_movement<kind>(m[i], inverse, uniform);
+  }
   for (int lane = 0; lane < lanes; ++lane) total += sums[lane];
   return total;
 }
@@ -380,7 +388,7 @@ constexpr Loops<T> table() {
           FFW_KINDS(gate_weight),
           FFW_KINDS(gate_weight_backward),
           FFW_KINDS(adam_step),
-          FFW_KINDS(movement),
+          FFW_KINDS(gate_weight_and_movement),
           softmax<T>,
           VectorOf<T>::lanes,
           head_errors<T>,

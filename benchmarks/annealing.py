@@ -1,0 +1,86 @@
+"""What annealing by the gates' movement costs: the step of the gates with it and without it, for every kind of gate.
+
+Both sides are ``GatedAdam`` on the weights of a network of Table 8, with gradients of their own, and take turns. The
+reduction that the adaptive schedule asks for is part of the fused pass; what else it adds is a few scalars.
+"""
+
+import argparse
+import json
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from ffw_fast.benchmarks.jobs import JOBS, TINY_JOBS, Job, chosen_jobs
+from ffw_fast.benchmarks.machine import describe, take_turns
+from rich.table import Table
+
+from ffw_fast.gated_network import FlatGates
+from ffw_fast.gates import GateKind
+from ffw_fast.modules import maskable_layers
+from ffw_fast.optim import GatedAdam
+from ffw_fast.tables import print_table
+
+JOB, TINY_JOB = "Corrupted CIFAR-10", "Tiny convolutions"
+KINDS = [kind for kind in GateKind if kind is not GateKind.HARD]  # whose forward has no T
+ANNEAL_RATE = 1e-12  # so slow that all turns are at the same T
+SECONDS = 3.0  # that both sides of a kind are measured for
+FEWEST = 7  # turns
+
+
+def make_optimizer(job: Job, kind: GateKind, anneal_rate: float | None) -> GatedAdam:
+    """On gates of all kinds of openness, with a gradient."""
+    torch.manual_seed(0)
+    weights = {name: layer.weight.detach() for name, layer in maskable_layers(job.network()).items()}
+    gates = FlatGates(weights, kind, seed=0)
+    for scores in gates.views(gates.scores).values():
+        scores.normal_()
+    gates.grad.normal_()
+    gates.refresh()
+    return GatedAdam(gates, anneal_rate=anneal_rate)
+
+
+def measure(job: Job, kind: GateKind, seconds: float) -> dict[str, Any]:
+    """Times of both sides in seconds, and their ratio."""
+    sides = [make_optimizer(job, kind, rate).step for rate in (None, ANNEAL_RATE)]
+    for side in sides:
+        side()
+    plain, annealing = take_turns(sides, seconds, FEWEST)
+    return {
+        "kind": kind.name.lower(),
+        "without_seconds": median(plain),
+        "with_seconds": median(annealing),
+        "ratio": median(annealing) / median(plain),
+        "best_ratio": min(annealing) / min(plain),
+        "turns": len(plain),
+    }
+
+
+def table(job: Job, rows: list[dict[str, Any]]) -> Table:
+    shown = Table(title=f"a step of the gates of {job.name}, with and without annealing", title_justify="left")
+    shown.add_column("gate")
+    for column in ("without\nmedian, ms", "with\nmedian, ms", "ratio\nof medians", "ratio\nof best times", "turns"):
+        shown.add_column(column, justify="right")
+    for row in rows:
+        times = (f"{1e3 * row[f'{side}_seconds']:.3f}" for side in ("without", "with"))
+        shown.add_row(row["kind"], *times, f"{row['ratio']:.3f}", f"{row['best_ratio']:.3f}", str(row["turns"]))
+    return shown
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="ffw-fast bench annealing", description=__doc__.split("\n")[0])
+    parser.add_argument("--job", help=f"a row of Table 8 (default: {JOB}; with --tiny: {TINY_JOB})")
+    parser.add_argument("--seconds", type=float, default=SECONDS, help="for each kind of gate (default: %(default)s)")
+    parser.add_argument("--json", type=Path, help="write the figures, with machine and versions, to this file")
+    parser.add_argument("--tiny", action="store_true", help="a dry run on a tiny network, whose times say nothing")
+    options = parser.parse_args(arguments)
+    jobs, default = (TINY_JOBS, TINY_JOB) if options.tiny else (JOBS, JOB)
+    job = chosen_jobs([options.job or default], jobs)[0]
+    rows = [measure(job, kind, options.seconds) for kind in KINDS]
+    print_table(table(job, rows))
+    if options.json:
+        options.json.write_text(json.dumps({"machine": describe(), "job": job.name, "rows": rows}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
