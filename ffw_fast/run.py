@@ -410,8 +410,15 @@ def how_made(request: Request) -> dict[str, Any]:
             "processor": platform.processor() or platform.machine(),
             "cores": os.cpu_count(),
         },
-        "backend": backend_info(),
+        "backend": _without_folders(backend_info()),
     }
+
+
+def _without_folders(backend: dict[str, Any]) -> dict[str, Any]:
+    """The libraries by their names alone: a record is shared, and the folders of this machine tell others nothing."""
+    devices = {name: entry for name, entry in backend.items() if isinstance(entry, dict)}
+    named = {name: entry["library"] and Path(entry["library"]).name for name, entry in devices.items()}
+    return {**backend, **{name: {**entry, "library": named[name]} for name, entry in devices.items()}}
 
 
 def _as_json(recipe: Recipe | None) -> dict[str, Any] | None:

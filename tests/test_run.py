@@ -287,3 +287,9 @@ def test_the_floor_is_the_information_of_shuffled_labels():
     assert len(floor) == 1
     assert 0 < floor[0] < 0.02
     assert floor == information_floor(logits, labels, seed=0)
+
+
+def test_the_record_of_a_run_names_no_folder_of_the_package(finished):
+    config = json.loads((finished / "config.json").read_text())
+    assert config["backend"]["cpu"]["library"] in (None, "_cpu.abi3.so")
+    assert str(Path(runs.__file__).parent) not in json.dumps(config["backend"])
