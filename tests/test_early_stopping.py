@@ -100,7 +100,9 @@ def kill_a_trial(out: Path, killed: list[int]) -> None:
 
 @pytest.mark.slow
 def test_a_scheduler_stops_some_settings_and_the_sweep_can_be_finished(digits, tmp_path, in_this_process):  # noqa: F811
-    pytest.importorskip("ray.tune", reason="ending settings early needs Ray Tune: pip install 'ffw_fast[ray]'")
+    pytest.importorskip(
+        "ray.tune", exc_type=ImportError, reason="ending settings early needs Ray Tune: pip install 'ffw_fast[ray]'"
+    )
     command = ["sweep", "multi-color-mnist", *settings(digits)[:-1], "8", "--gamma", "1,3,10", "--seed", "0..1"]
     out, calm = tmp_path / "watched", tmp_path / "calm"
     watch = ["--scheduler", "async_hyperband", "--grace", "1", "--metric", "loss"]
