@@ -4,6 +4,7 @@ A section is a generator of rows, each a dict that JSON can hold. Whoever runs i
 that a kernel that hangs or ruins the process costs the rows after it alone.
 """
 
+import copy
 import math
 import os
 import re
@@ -17,22 +18,27 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
 from importlib import metadata, util
+from itertools import product
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
 from ffw_fast.benchmarks import jobs, machine, roofline
-from ffw_fast.benchmarks.table8 import EPOCHS, Parts, feature_width, settings_of
-from torch import Tensor
+from ffw_fast.benchmarks.operators import forward_or_both, layer_tensors
+from ffw_fast.benchmarks.table8 import EPOCHS, Parts, feature_width, measure_reference, settings_of
+from ffw_fast.benchmarks.whole import train_biased
+from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from ffw_fast import ops, philox, triton_backend
-from ffw_fast.backend import backend_info
+from ffw_fast import extract, fusion, ops, philox, triton_backend
+from ffw_fast.backend import backend_info, without_folders
 from ffw_fast.gates import GateKind
 from ffw_fast.inputs import Problem
 from ffw_fast.loop import Loop
+from ffw_fast.modules import MASKED_CLASSES
 from ffw_fast.optim import BETAS, EPS, WEIGHT_DECAY
+from ffw_fast.workloads import WORKLOADS
 
 Rows = Iterator[dict[str, Any]]
 
@@ -42,6 +48,12 @@ CUDA_TESTS = ("tests/cuda/test_gpu.py", "tests/test_step_graph.py")
 TRITON_TESTS = ("tests/kernels/cases",)
 TEST_SECONDS = 60  # a test that takes longer hangs
 WORKERS = 8  # processes that share the device, most of whose time goes into compiling Triton's kernels
+WHOLE: tuple[tuple[str, str, dict[str, Any]], ...] = (  # at the paper's sizes
+    ("multi-color-mnist", "fp32", {"unbiased_size": 6000}),
+    ("biased-mnist", "bf16", {"unbiased_size": 36000}),
+    ("biased-mnist", "fp32", {"unbiased_size": 36000}),
+)
+WHOLE_SCHEDULES = (("adaptive", 3.0), ("published", 10.0))
 SANITIZED = "1029 or heads or mutual_information"  # the sanitizers slow a kernel down many times
 
 
@@ -93,7 +105,7 @@ def here(dry: bool) -> Rows:
         "tf32": {"matmul": triton_backend.matmul_precision(), "convolution": triton_backend.convolution_precision()},
         "missing": missing(),
         "machine": machine.describe(),
-        "backend": backend_info(),
+        "backend": without_folders(backend_info()),
     }
     yield {"copy_bytes_per_second": copy_rate(dry)}
     for name, dtype in {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16}.items():
@@ -341,39 +353,106 @@ def told(problem: Exception) -> str:
 
 
 def workloads(dry: bool) -> Rows:
-    """The parts of each row of Table 8 on this device, what they add up to, and the projection; the cheapest first."""
+    """What the rows of Table 8 cost on this device, here, by the reference and as projected; the cheapest first."""
     for job in jobs.TINY_JOBS if dry else jobs.JOBS[::-1]:
+        reference = measure_reference(job, job.network().eval(), 6, "fp32", device_of(dry).type)
+        reference_epoch = reference.reference_epoch(job)
         for precision in ("fp32",) if dry else ("fp32", "bf16"):
             row = {"workload": job.name, "precision": precision, "paper_seconds": job.paper_seconds}
             projected = roofline.project(job, "bf16" if precision == "bf16" else "tf32")
             try:
                 parts, graph = measure(job, precision, dry)
-                row |= {"graph": graph, **asdict(parts), "job_seconds": EPOCHS * parts.fast_epoch(job)}
+                epoch = parts.fast_epoch(job)
+                row |= {"graph": graph, **asdict(parts), "job_seconds": EPOCHS * epoch}
+                row |= {"reference_gate_step": reference.gate_step, "reference_epoch": reference_epoch}
+                row["ratio_to_reference"] = reference_epoch / epoch
             except Exception as problem:  # such as too little memory
                 row["graph"] = told(problem)
             yield {**row, "projected_on_a100": projected.graph}
 
 
 def measure(job: jobs.Job, precision: str, dry: bool) -> tuple[Parts, str]:
-    """A training step as the loop runs it, features and a head epoch; and whether the step is a CUDA graph."""
-    device, model, steps = device_of(dry), job.network(), 2 if dry else 20
-    samples = jobs.random_samples(job, 4 * job.batch_size).to(device)
+    """The parts of an epoch on a training set of the job's size; and whether the step is a CUDA graph."""
+    device, model = device_of(dry), job.network()
+    samples, val = (jobs.random_samples(job, count).to(device) for count in (job.train, job.val))
     width = feature_width(job, model)
-    loop = Loop(Problem(settings_of(job, precision), model.to(device), samples, samples, width))
-    rows = torch.arange(job.batch_size, device=device)
-    batch = (samples.x[rows], samples.y[rows], samples.b[rows])
+    loop = Loop(Problem(settings_of(job, precision), model.to(device), samples, val, width))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        for _ in range(1 if dry else 5):  # warm up, and capture the graph
-            loop.step_graph(*batch)
+        loop._train_gates()  # warms up, and captures the graph
     graph = "yes" if loop.step_graph.is_captured else "; ".join(str(one.message) for one in caught) or "no"
-    step = seconds(lambda: loop.step_graph(*batch), dry, steps)
-    feature = seconds(lambda: loop.network.features(samples.x), dry, 5) / len(samples.y)
+    steps = -(-job.train // job.batch_size)
+    step = machine.seconds(loop._train_gates, 2, warmup=0) / steps  # it reads the losses back at its end
+    feature = seconds(lambda: loop._features(samples.x), dry, 3) / len(samples.y)
     features = torch.randn(len(samples.y), loop.heads.weight.shape[2], device=device)
     started_at, start = loop.heads.epochs, time.perf_counter()
     loop.heads.fit(features, samples.b)
-    head = (time.perf_counter() - start) / (loop.heads.epochs - started_at) * job.train / len(samples.y)
+    head = (time.perf_counter() - start) / (loop.heads.epochs - started_at)
     return Parts(step, feature, head), graph
+
+
+def whole(dry: bool) -> Rows:
+    """Extractions from start to end on the shipped digits, the biased network given, by both schedules."""
+    for name, precision, data in WHOLE[:1] if dry else WHOLE:
+        counts = {"max_epochs": 2, "vanilla_epochs": 1, "train_size": 200, "unbiased_size": 200} if dry else data
+        biased = train_biased(
+            name, 1, **{"max_epochs": 300, "vanilla_epochs": None} | counts, device=device_of(dry).type
+        )
+        row = {"workload": biased.title, "precision": precision, "paper_seconds": WORKLOADS[name].paper_seconds}
+        samples = len(biased.splits.train.y)
+        yield {**row, "side": "vanilla", "samples": samples, **_shown(biased.measured(biased.model))}
+        for schedule, gamma in WHOLE_SCHEDULES:
+            found = biased.extract_by(extract, schedule=schedule, gamma=gamma, precision=precision)
+            times = {"seconds": found["seconds"], "epochs": found["epochs"]}
+            yield {
+                **row,
+                "side": f"{schedule}, gamma {gamma:g}",
+                "samples": samples,
+                **times,
+                **_shown(found["pruned"]),
+            }
+
+
+def _shown(measured: dict[str, Any]) -> dict[str, Any]:
+    return {name: measured[name] for name in ("task_accuracy", "bias_accuracy", "bias_mi", "sparsity")}
+
+
+# Masked layers --------------------------------------------------------------------------------------------------------
+
+
+def masked_layers(dry: bool) -> Rows:
+    """Forward and backward of masked layers, the weight gated before or while it is read, beside dense ones."""
+    layers = layers_to_mask()
+    for layer, batch, dtype in product(layers[:1] if dry else layers, (64, 256), (torch.float32, torch.bfloat16)):
+        row = {"layer": layer.shape, "batch": batch, "dtype": str(dtype).removeprefix("torch.")}
+        dense = copy.deepcopy(layer.dense).to(device_of(dry), dtype).requires_grad_(False)
+        masked: Any = MASKED_CLASSES[type(dense)].from_dense(dense)
+        nn.init.normal_(masked.scores, std=0.1)
+        dense.weight.requires_grad_()
+        x, grad = (tensor.detach().to(dense.weight) for tensor in layer_tensors(layer, batch, "both"))
+        x.requires_grad_(not layer.is_first)
+        for side, choice in {"dense": "auto", "pregated": "pregated", "fused": "fused"}.items():
+            network, trained = (dense, dense.weight) if side == "dense" else (masked, masked.scores)
+            run = forward_or_both(partial(network, x), (trained, x), grad, "both")
+            row[side] = _time_with(choice, run, dry)
+        yield row
+
+
+def layers_to_mask() -> list[jobs.Layer]:
+    """All of the perceptron, and convolutions with few and with many pixels to a weight."""
+    convolutions = [layer for job in jobs.JOBS[:3:2] for layer in jobs.layers_of(job) if not layer.is_first]
+    return [*jobs.layers_of(jobs.JOBS[3]), *sorted(convolutions, key=lambda layer: layer.outputs[-1])[1::5]]
+
+
+def _time_with(choice: str, run: Callable[[], Any], dry: bool) -> float | str:
+    """The time of a call while masked layers do as they are told by ``FFW_FAST_MASKED_LAYERS``."""
+    before, fusion.choice = fusion.choice, choice
+    try:
+        return seconds(run, dry)
+    except Exception as problem:
+        return told(problem)
+    finally:
+        fusion.choice = before
 
 
 @dataclass(frozen=True)
@@ -390,6 +469,8 @@ SECTIONS = {  # what matters most comes first: what is late is cut off
     "cuda tests": Section(cuda_tests, 80),
     "operators": Section(operators, 70),
     "workloads": Section(workloads, 80),
+    "whole": Section(whole, 100),
+    "masked layers": Section(masked_layers, 60),
     "triton tests": Section(triton_tests, 100),
     "sanitized": Section(sanitized, 50),
     "compiled": Section(compiled, 40),

@@ -89,11 +89,11 @@ def measure_fast(job: Job, model: nn.Module, steps: int, precision: str) -> Part
     return Parts(seconds(gate_step, steps, warmup=2), feature, head_epoch)
 
 
-def measure_reference(job: Job, model: nn.Module, steps: int, precision: str) -> Parts:
+def measure_reference(job: Job, model: nn.Module, steps: int, precision: str, device: str = "cpu") -> Parts:
     """Times of the reference on a training set of ``steps`` minibatches."""
-    samples = random_samples(job, steps * job.batch_size)
+    samples = random_samples(job, steps * job.batch_size).to(device)
     settings, width = settings_of(job, precision), feature_width(job, model)
-    run = Reference(Problem(settings, model, samples, samples, width), quirks=False)
+    run = Reference(Problem(settings, model.to(device), samples, samples, width), quirks=False)
     gate_step = seconds(lambda: run.train_epoch(0, False), 3) / steps
     feature = seconds(lambda: run.evaluate(samples, run.heads), 3) / len(samples.y)
     head_epoch = seconds(lambda: run.head_epoch(samples, run.heads, run.heads_optimizer), 3)

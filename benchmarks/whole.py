@@ -8,14 +8,14 @@ takes to reach the quality that the published schedule ends with.
 
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from rich.table import Table
 from torch import nn
 
 from ffw_fast import extract, reference
-from ffw_fast.data import Splits
+from ffw_fast.data.samples import Splits
 from ffw_fast.extraction import Extraction, sparsity
 from ffw_fast.run import leakage
 from ffw_fast.settings import Settings
@@ -30,20 +30,51 @@ SIDES: dict[str, tuple[Callable[..., Extraction], dict[str, Any]]] = {
 }
 
 
-def run_whole(
-    name: str = "multi-color-mnist",
-    seed: int = 0,
-    max_epochs: int = 200,
-    vanilla_epochs: int | None = None,
-    **data_options: Any,
-) -> dict[str, Any]:
-    """Seconds, epochs and final metrics of all sides, and the biased network's metrics."""
+@dataclass(frozen=True)
+class Biased:
+    """A workload's data, the network that was trained on its biased set, and the extraction's settings."""
+
+    title: str
+    splits: Splits
+    model: nn.Module
+    settings: Settings
+
+    def extract_by(self, run: Callable[..., Extraction], **own: Any) -> dict[str, Any]:
+        """Seconds, epochs and final metrics of one extraction, whose own settings go before the common ones."""
+        splits, settings = self.splits, self.settings
+        started = time.perf_counter()
+        found = run(self.model, splits.train, splits.val, progress=False, **settings.as_dict() | own)
+        return {
+            "seconds": time.perf_counter() - started,
+            "epochs": len(found.history),
+            "pruned": self.measured(found.model(), sparsity(found.masks)),
+            "best": self.measured(found.model(best=True), sparsity(found.best_masks)),
+        }
+
+    def measured(self, network: nn.Module, removed: float = 0.0) -> dict[str, Any]:
+        """The network on the unbiased test set."""
+        return leakage(
+            network,
+            self.settings.bottleneck,
+            self.settings.num_bias_classes,
+            self.splits.train,
+            self.splits.test,
+            seed=self.settings.seed,
+            batch_size=self.settings.batch_size,
+            sparsity=removed,
+        )
+
+
+def train_biased(
+    name: str, seed: int, *, max_epochs: int, vanilla_epochs: int | None, device: str = "cpu", **data_options: Any
+) -> Biased:
+    """Load a workload's shipped data and train its biased network."""
     workload = WORKLOADS[name]
-    print(f"{workload.title}, whole: the biased network ...", flush=True)
     splits, model = workload.load(None, seed, **data_options), workload.build_model(seed)
     recipe = workload.recipe(full=False)
     assert recipe is not None and splits.vanilla is not None
-    train_vanilla(model, splits.vanilla, replace(recipe, epochs=vanilla_epochs or recipe.epochs), seed=seed)
+    recipe = replace(recipe, epochs=vanilla_epochs or recipe.epochs)
+    train_vanilla(model, splits.vanilla, recipe, seed=seed, device=device)
     settings = Settings(
         workload.bottleneck,
         workload.num_bias_classes,
@@ -52,32 +83,26 @@ def run_whole(
         max_epochs=max_epochs,
         seed=seed,
     )
-    results: dict[str, Any] = {"workload": workload.title, "vanilla": _leakage(model, settings, splits)}
+    return Biased(workload.title, splits, model, settings)
+
+
+def run_whole(
+    name: str = "multi-color-mnist",
+    seed: int = 0,
+    max_epochs: int = 200,
+    vanilla_epochs: int | None = None,
+    **data_options: Any,
+) -> dict[str, Any]:
+    """Seconds, epochs and final metrics of all sides, and the biased network's metrics."""
+    title = WORKLOADS[name].title
+    print(f"{title}, whole: the biased network ...", flush=True)
+    biased = train_biased(name, seed, max_epochs=max_epochs, vanilla_epochs=vanilla_epochs, **data_options)
+    results: dict[str, Any] = {"workload": title, "vanilla": biased.measured(biased.model)}
     for side, (run, own) in SIDES.items():
-        print(f"{workload.title}, whole: {side} ...", flush=True)
-        started = time.perf_counter()
-        found = run(model, splits.train, splits.val, progress=False, **settings.as_dict() | own)
-        results[side] = {
-            "seconds": time.perf_counter() - started,
-            "epochs": len(found.history),
-            "pruned": _leakage(found.model(), settings, splits, sparsity(found.masks)),
-            "best": _leakage(found.model(best=True), settings, splits, sparsity(found.best_masks)),
-        }
+        print(f"{title}, whole: {side} ...", flush=True)
+        results[side] = biased.extract_by(run, **own)
         results[side]["ratio"] = results["reference"]["seconds"] / results[side]["seconds"]
     return results
-
-
-def _leakage(network: nn.Module, settings: Settings, splits: Splits, removed: float = 0.0) -> dict[str, Any]:
-    return leakage(
-        network,
-        settings.bottleneck,
-        settings.num_bias_classes,
-        splits.train,
-        splits.test,
-        seed=settings.seed,
-        batch_size=settings.batch_size,
-        sparsity=removed,
-    )
 
 
 def whole_table(results: dict[str, Any]) -> Table:

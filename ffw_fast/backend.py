@@ -165,6 +165,13 @@ def backend_info() -> dict:
     }
 
 
+def without_folders(info: dict) -> dict:
+    """The libraries by their names alone: a record is shared, and the folders of this machine tell others nothing."""
+    devices = {name: entry for name, entry in info.items() if isinstance(entry, dict)}
+    named = {name: entry["library"] and Path(entry["library"]).name for name, entry in devices.items()}
+    return {**info, **{name: {**entry, "library": named[name]} for name, entry in devices.items()}}
+
+
 def _describe(library: _Library, compiled_name: str, available: bool) -> dict:
     served = {name: _server(name, library.device, compiled_name) for name in _OPERATORS}
     best = next(name for name in (compiled_name, "triton", "torch") if name in served.values())

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ffw_fast import own
 from ffw_fast.attribution import explain
-from ffw_fast.backend import backend_info
+from ffw_fast.backend import backend_info, without_folders
 from ffw_fast.bise import guessing_network, with_guessed_bias
 from ffw_fast.convolutions import cheapest_convolutions
 from ffw_fast.data.datasets import stream_note
@@ -410,15 +410,8 @@ def how_made(request: Request) -> dict[str, Any]:
             "processor": platform.processor() or platform.machine(),
             "cores": os.cpu_count(),
         },
-        "backend": _without_folders(backend_info()),
+        "backend": without_folders(backend_info()),
     }
-
-
-def _without_folders(backend: dict[str, Any]) -> dict[str, Any]:
-    """The libraries by their names alone: a record is shared, and the folders of this machine tell others nothing."""
-    devices = {name: entry for name, entry in backend.items() if isinstance(entry, dict)}
-    named = {name: entry["library"] and Path(entry["library"]).name for name, entry in devices.items()}
-    return {**backend, **{name: {**entry, "library": named[name]} for name, entry in devices.items()}}
 
 
 def _as_json(recipe: Recipe | None) -> dict[str, Any] | None:
