@@ -119,13 +119,13 @@ def measure(options: argparse.Namespace, group: Alone, meter: Meter) -> dict[str
         if options.late:
             gradient_sum._filled = lambda index: None  # type: ignore[method-assign]
     loop.heads.epochs_a_fit = HEAD_EPOCHS
-    loop._step(*next(loop._batches()))  # libraries choose kernels and take memory in it
+    loop._counted_step(*next(loop._batches()))  # libraries choose kernels and take memory in it
     steps: list[dict[str, float]] = []
     carried: list[int] = []
     for batch in loop._batches():
         meter.clear()
         before, started = _carried(), time.perf_counter()
-        loop._step(*batch)
+        loop._counted_step(*batch)
         whole = time.perf_counter() - started
         steps.append({STEP: whole, NETWORK: whole - sum(meter.seconds.values()), **meter.seconds})
         carried.append(_carried() - before)

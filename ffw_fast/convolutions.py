@@ -1,7 +1,8 @@
-"""The cheapest exact way to each convolution of a network on the CPU, chosen by shapes alone.
+"""The cheapest exact way to each convolution of a network, chosen by shapes alone.
 
-Images of a few pixels are multiplied by one matrix (``ffw_fast.unrolled_conv``); where FFTs need fewer FLOPs they are
-used (``ffw_fast.fft_conv``); everything else stays PyTorch's own.
+On the CPU images of a few pixels are multiplied by one matrix (``ffw_fast.unrolled_conv``), and where FFTs need fewer
+FLOPs they are used (``ffw_fast.fft_conv``). On a GPU all of them are cuDNN's, of images as tensor cores read them
+(``ffw_fast.tensor_core_conv``). Everything else stays PyTorch's own.
 """
 
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ffw_fast.fft_conv import BatchInnermostPool, FftConv2d, can_use_fft, has_compiled_kernel, is_worth_it
+from ffw_fast.tensor_core_conv import TensorCoreConv2d
 from ffw_fast.unrolled_conv import UnrolledConv2d, is_worth_unrolling
 
 Sizes = set[tuple[int, int]]
@@ -18,7 +20,7 @@ Sizes = set[tuple[int, int]]
 
 @torch.no_grad()
 def use_cheapest_convolutions(model: nn.Module, example: Tensor) -> dict[str, str]:
-    """Choose for each ``nn.Conv2d`` of a model on the CPU, in place.
+    """Choose for each ``nn.Conv2d`` of a model, in place.
 
     Only the class of such a layer changes, so parameters, hooks and names stay as they are. Behind FFT convolutions a
     global average pool keeps the batch innermost, too. A batch norm does not, so it is best folded before.
@@ -28,10 +30,12 @@ def use_cheapest_convolutions(model: nn.Module, example: Tensor) -> dict[str, st
         example: a few samples, of the shape that it will be run on.
 
     Returns:
-        Name of each layer that was changed -> "unrolled" or "fft".
+        Name of each layer that was changed -> "unrolled", "fft" or "tensor cores".
     """
-    if example.device.type != "cpu" or not any(type(layer) is nn.Conv2d for layer in model.modules()):
+    if example.device.type not in ("cpu", "cuda") or not any(type(layer) is nn.Conv2d for layer in model.modules()):
         return {}
+    if example.device.type == "cuda":
+        return _for_tensor_cores(model, example)
     sizes = _image_sizes(model, example)
     chosen = {name: _cheapest(layer, sizes[layer]) for name, layer in model.named_modules() if layer in sizes}
     for name, way in chosen.items():
@@ -45,6 +49,31 @@ def use_cheapest_convolutions(model: nn.Module, example: Tensor) -> dict[str, st
 
 
 CLASSES: dict[str, type[nn.Conv2d]] = {"unrolled": UnrolledConv2d, "fft": FftConv2d}
+
+
+def _for_tensor_cores(model: nn.Module, example: Tensor) -> dict[str, str]:
+    """All of a model's convolutions, unless it cannot take what they give: a ``view`` may need the usual order."""
+    layers = {name: layer for name, layer in model.named_modules() if type(layer) is nn.Conv2d}
+    for layer in layers.values():
+        layer.__class__ = TensorCoreConv2d
+    try:
+        model(example.clone())
+    except RuntimeError:
+        for layer in layers.values():
+            layer.__class__ = nn.Conv2d
+        return {}
+    return dict.fromkeys(layers, "tensor cores")
+
+
+@contextmanager
+def repeatable_convolutions() -> Iterator[None]:
+    """Within it cuDNN takes only algorithms that give the same bits every time: on an H200 they were as fast."""
+    before = torch.backends.cudnn.deterministic
+    torch.backends.cudnn.deterministic = True
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.deterministic = before
 
 
 def _cheapest(layer: nn.Conv2d, sizes: Sizes) -> str | None:
@@ -63,7 +92,8 @@ def cheapest_convolutions(model: nn.Module, example: Tensor) -> Iterator[None]:
     try:
         use_cheapest_convolutions(model.eval(), example)  # in eval mode running statistics stay as they are
         model.train(was_training)
-        yield
+        with repeatable_convolutions():
+            yield
     finally:
         for module, was in classes.items():
             module.__class__ = was

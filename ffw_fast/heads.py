@@ -99,11 +99,20 @@ class PrivateHeads:
     def fit(self, features: Tensor, labels: Tensor) -> int:
         """Train on cached features (n, D) and labels (n, heads) until the loss is on a plateau; epochs it took."""
         plateau, start = self._no_plateau(), self.epochs
+        ahead: Tensor | None = None
         while not self._is_done(plateau, start):
-            chunk = range(self.epochs, min(self.epochs + EPOCHS_A_CALL, start + self._most_epochs))
-            rows = [epoch_order(len(features), self.seed, HEAD_EPOCHS, epoch) for epoch in chunk]
-            self._run_epochs(features, labels, torch.stack(rows), plateau)
+            end = start + self._most_epochs
+            rows = self._orders(len(features), self.epochs, end) if ahead is None else ahead
+            losses = self._fit(features, labels, rows.to(features.device), plateau, self.batch_size)
+            if features.is_cuda and (following := self.epochs + len(rows)) < end:  # while the GPU is at work
+                ahead = self._orders(len(features), following, end)
+            self._take_in(losses)
         return self.epochs - start
+
+    def _orders(self, count: int, first: int, end: int) -> Tensor:
+        """The orders (epochs, count) of the head epochs from ``first`` on, of as many as one call of a kernel takes."""
+        epochs = range(first, min(first + EPOCHS_A_CALL, end))
+        return torch.stack([epoch_order(count, self.seed, HEAD_EPOCHS, epoch) for epoch in epochs])
 
     def fit_on(self, samples: Samples, features_of: Callable[[Inputs], Tensor], one_draw: bool = False) -> int:
         """Train on the features (n, D) that a frozen network gives of the samples; epochs it took.
@@ -133,7 +142,10 @@ class PrivateHeads:
 
     def _run_epochs(self, features: Tensor, labels: Tensor, rows: Tensor, plateau: Tensor) -> None:
         """One epoch for each row of orders (epochs, n), as far as the plateau."""
-        losses = self._fit(features, labels, rows.to(features.device), plateau, self.batch_size)
+        self._take_in(self._fit(features, labels, rows.to(features.device), plateau, self.batch_size))
+
+    def _take_in(self, losses: Tensor) -> None:
+        """Count the epochs that were run: those with a loss."""
         self.epochs += int(losses.isfinite().sum())
         if not losses[0].isfinite() or not self.weight.isfinite().all():
             raise FloatingPointError(f"a private head's loss is no longer finite, by its epoch {self.epochs}")

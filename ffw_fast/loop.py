@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ffw_fast import cautions
+from ffw_fast.convolutions import repeatable_convolutions
 from ffw_fast.data.samples import Inputs
 from ffw_fast.distributed import Alone
 from ffw_fast.extraction import Extraction, masks_of, weight_sparsity
@@ -75,7 +76,8 @@ class Loop:
     def run(self, state: RunState, progress: Progress) -> None:
         """All epochs, from the start or from the checkpoint that the state holds."""
         progress.stage("extraction", self.settings.max_epochs)
-        with memory_errors_explained("the extraction", self.settings.batch_size, self.gates.scores.device):
+        device = self.gates.scores.device
+        with memory_errors_explained("the extraction", self.settings.batch_size, device), repeatable_convolutions():
             examples = self.train.x[:EXAMPLES]
             doubts = list(cautions.of_bottleneck(self.network.module, self.settings.bottleneck, examples))
             self._take_out_frozen_part()
@@ -101,7 +103,7 @@ class Loop:
         assert state.last is not None
         state.last.load_into(self)
         self.gates.spread()
-        steps = (self._step(*batch) for batch in self._batches())
+        steps = (self._step(*self._minibatch(*batch)) for batch in self._batches())
         return first_bad_step(steps, self.network.module, self.gates, self.heads, self.group)
 
     def _warn(self, doubts: Iterable[str]) -> None:
@@ -154,13 +156,23 @@ class Loop:
             raise FloatingPointError(f"a loss or a score is no longer finite in epoch {len(self.history) + 1}")
         return {"loss": loss, "cross_entropy": cross_entropy, "train_mi": information}
 
-    def _batches(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """The minibatches (x, y, b) of the next epoch, x of this process."""
-        rows = epoch_order(len(self.train.y), self.settings.seed, GATE_EPOCHS, len(self.history))
-        return self.group.batches(self.train, rows, self.settings.batch_size)
+    def _batches(self) -> Iterator[tuple[Tensor, ...]]:
+        """What the steps of the next epoch are told: the rows of a minibatch, or its (x, y, b), x of this process.
 
-    def _counted_step(self, x: Tensor, y: Tensor, b: Tensor) -> None:
+        Rows are enough where a step can read them itself, which on a GPU is part of the graph.
+        """
+        order = epoch_order(len(self.train.y), self.settings.seed, GATE_EPOCHS, len(self.history))
+        if self.group.count == 1 and self.train.are_at_hand:
+            return ((rows,) for rows in order.to(self.train.y.device).split(self.settings.batch_size))
+        return self.group.batches(self.train, order, self.settings.batch_size)
+
+    def _minibatch(self, *told: Tensor) -> tuple[Tensor, ...]:
+        """(x, y, b) of a minibatch."""
+        return self.train.at(*told) if len(told) == 1 else told
+
+    def _counted_step(self, *told: Tensor) -> None:
         """One minibatch; adds its losses to the totals. Nothing is read back."""
+        x, y, b = self._minibatch(*told)
         self.totals.add_(self._step(x, y, b), alpha=len(y))
 
     def _step(self, x: Tensor, y: Tensor, b: Tensor) -> Tensor:

@@ -50,6 +50,14 @@ def accuracy(logits: Tensor, labels: Tensor) -> Tensor:
 
 def minibatch_information(head_logits: Tensor, b: Tensor, batch_size: int) -> float:
     """Mean over minibatches, in order, of the mean MI of the heads: what drives the published temperature schedule."""
-    batches = zip(head_logits.split(batch_size), b.split(batch_size), strict=True)
-    values = [joint_information(joint_distribution(logits, labels)).mean() for logits, labels in batches]
-    return torch.stack(values).mean().item()
+    whole = len(b) // batch_size * batch_size
+    values = [_each(head_logits[:whole], b[:whole], batch_size)] if whole else []
+    if whole < len(b):
+        values.append(_each(head_logits[whole:], b[whole:], len(b) - whole))
+    return torch.cat(values).mean().item()
+
+
+def _each(head_logits: Tensor, b: Tensor, size: int) -> Tensor:
+    """The mean MI of the heads in every minibatch of that size, which stand beside one another as heads do."""
+    logits, labels = (part.unflatten(0, (-1, size)).transpose(0, 1).flatten(1, 2) for part in (head_logits, b))
+    return joint_information(joint_distribution(logits, labels)).unflatten(0, (-1, b.shape[1])).mean(1)

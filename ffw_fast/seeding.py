@@ -1,6 +1,8 @@
 """Random numbers that no one else draws from: every purpose has a stream of its own, the global ones are left alone."""
 
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -14,4 +16,16 @@ def seeded_generator(seed: int, purpose: str) -> torch.Generator:
 
 def epoch_order(count: int, seed: int, stream: str, epoch: int) -> Tensor:
     """The order, int64 (count,), in which an epoch visits the samples; it depends on nothing that came before."""
-    return torch.randperm(count, generator=seeded_generator(seed, f"{stream} {epoch}"))
+    with _one_thread():
+        return torch.randperm(count, generator=seeded_generator(seed, f"{stream} {epoch}"))
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """PyTorch numbers more than 32768 samples on all threads, and waking those takes longer than all the rest."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)

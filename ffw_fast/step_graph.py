@@ -4,8 +4,8 @@ A step of a small network is some dozens of kernels of a few microseconds each, 
 launches them; a graph launches them all at once. What makes it possible is that a step reads nothing back: temperature,
 step count, learning rate, draws and losses live on the device, and all that it changes is changed in place.
 
-This has not run on a GPU yet. That a step reads nothing back and copies nothing from the host is tested without one
-(``tests/test_step_graph.py``); streams, memory pools and the capture itself are PyTorch's, and are not.
+That a step reads nothing back and copies nothing from the host is tested without a GPU, too
+(``tests/test_step_graph.py``).
 """
 
 import warnings

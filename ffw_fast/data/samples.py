@@ -1,6 +1,6 @@
 """What a data set is once it is loaded: inputs with their labels, and four sets of them."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple, TypeAlias
 
@@ -29,6 +29,16 @@ class Samples(NamedTuple):
         """Whether an input may change from one reading to the next, so that nothing made of it may be cached."""
         return isinstance(self.x, Stream) and self.x.augments
 
+    @property
+    def are_at_hand(self) -> bool:
+        """Whether rows are read by operators alone, from memory on the samples' device."""
+        return isinstance(self.x, Tensor) or (isinstance(self.x, Pixels) and not self.x.mapped)
+
+    def at(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The minibatch (x, y, b) of these rows, which are on the samples' device."""
+        x = self.x.index_select(0, rows) if isinstance(self.x, Tensor) else self.x[rows]  # x[rows] copies by numbers
+        return x, self.y.index_select(0, rows), self.b.index_select(0, rows)
+
     def in_order(self, order: Tensor) -> "Samples":
         """The samples of these rows, in their order."""
         rows = order.to(self.y.device)
@@ -38,7 +48,11 @@ class Samples(NamedTuple):
     def batches(self, order: Tensor, size: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Minibatches (x, y, b) of ``size`` samples in the given order of rows; the short last one is kept."""
         parts = order.to(self.y.device).split(size)
-        for x, rows in zip(_read(self.x, order, parts), parts, strict=True):
+        if not isinstance(self.x, Stream):
+            yield from (self.at(rows) for rows in parts)
+            return
+        inputs = self.x.in_order(order).split(len(parts[0]))  # its workers read ahead, as they know the whole order
+        for x, rows in zip(inputs, parts, strict=True):
             yield x, self.y.index_select(0, rows), self.b.index_select(0, rows)
 
     def identity(self) -> tuple[Tensor, ...]:
@@ -55,15 +69,6 @@ def part_of(x: Inputs, rows: slice) -> Inputs:
     if isinstance(x, Pixels):
         return Pixels(x.images[rows], x.mean, x.deviation, mapped=x.mapped, dtype=x.dtype, device=x.device)
     return x[rows]
-
-
-def _read(x: Inputs, order: Tensor, parts: Sequence[Tensor]) -> Iterator[Tensor]:
-    if isinstance(x, Stream):  # which is told of the whole order, so that its workers read ahead
-        yield from x.in_order(order).split(len(parts[0]))
-    elif isinstance(x, Pixels):
-        yield from (x[rows] for rows in parts)
-    else:
-        yield from (x.index_select(0, rows) for rows in parts)  # x[rows] copies number by number
 
 
 @dataclass(frozen=True)
