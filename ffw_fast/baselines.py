@@ -14,6 +14,7 @@ from ffw_fast.gated_network import EVALUATION_BATCH
 from ffw_fast.modules import maskable_layers
 from ffw_fast.settings import Settings
 
+VALIDATION_STEPS = 20  # from one validation to the next at least
 MAGNITUDE_SPARSITIES = (0.5, 0.75, 0.9, 0.95, 0.975)  # Table 7 of the FFW paper
 
 
@@ -50,10 +51,10 @@ def refit_last_layer(model: nn.Module, train: Samples, val: Samples, settings: S
     name, mask = list(all_weights(model).items())[-1]
     read = None if train.augments or val.augments else _read_by(model, name, [train, val])
     if read is None:
-        return finetune(model, {name: mask}, train, val, settings, epochs=epochs)
+        return _trained(model, {name: mask}, train, val, settings, epochs)
     alone = nn.Sequential(OrderedDict(last=model.get_submodule(name)))
     train, val = read
-    fitted = finetune(alone, {"last": mask}, train, val, replace(settings, bottleneck="last"), epochs=epochs)
+    fitted = _trained(alone, {"last": mask}, train, val, replace(settings, bottleneck="last"), epochs)
     network = copy.deepcopy(model).eval().requires_grad_(True)
     network.get_submodule(name).load_state_dict(fitted.get_submodule("last").state_dict())
     return network
@@ -84,4 +85,13 @@ def _read_by(model: nn.Module, name: str, sets: list[Samples]) -> list[Samples] 
 
 def train_on_unbiased(model: nn.Module, train: Samples, val: Samples, settings: Settings, epochs: int) -> nn.Module:
     """All weights trained on the unbiased set, best epoch by ``val``: of the biased network, or of a fresh one."""
-    return finetune(model, all_weights(model), train, val, settings, epochs=epochs)
+    return _trained(model, all_weights(model), train, val, settings, epochs)
+
+
+def _trained(
+    model: nn.Module, masks: dict[str, Tensor], train: Samples, val: Samples, settings: Settings, epochs: int
+) -> nn.Module:
+    """Those weights trained on the unbiased set; epochs of a few steps are not each worth a validation."""
+    steps = -(-len(train.y) // settings.batch_size)
+    every = -(-VALIDATION_STEPS // steps)
+    return finetune(model, masks, train, val, settings, epochs=epochs, validate_every=every)

@@ -32,6 +32,7 @@ def finetune(
     epochs: int = 10,
     gamma: float = 0.0,
     lr: float = LR,
+    validate_every: int = 1,
 ) -> nn.Module:
     """Train the weights that the masks keep, and the same layers' biases, by Adam on ``alpha CE + gamma MI``.
 
@@ -45,10 +46,12 @@ def finetune(
         train, val: as for ``ffw_fast.extract``.
         settings: of the extraction, for the bottleneck, alpha, batch size and seed; those of BISE reweight the
             cross-entropy of its biased training set (``ffw_fast.bise``).
+        validate_every: epochs from one validation to the next, for few samples that make short epochs.
 
     Returns:
         The network of the epoch with the highest validation task accuracy (the earliest of equals), in eval mode; the
-        pruned network itself if no epoch is better. Without ``val``, which BISE does not need, that of the last epoch.
+        pruned network itself if none that was validated is better. Without ``val``, which BISE does not need, that of
+        the last epoch.
 
     Raises:
         ValueError, TypeError: bad data or settings, or data that does not fit the model.
@@ -56,6 +59,7 @@ def finetune(
     check_integer("epochs", epochs, 1)
     check_number("gamma", gamma, positive=False)
     check_number("lr", lr, positive=True)
+    check_integer("validate_every", validate_every, 1)
     val_is_given = val is not None
     problem = prepare(model, train, val, settings).to(next(model.parameters()).device)
     train, val = problem.train, problem.val
@@ -85,6 +89,8 @@ def finetune(
                 optimizer.step()
                 if gamma > 0:  # after the backward pass, which reads the heads as they were
                     heads.step(features, b)
+            if (epoch + 1) % validate_every and epoch + 1 < epochs:
+                continue
             reached = reader.accuracy(val)
             if reached > best_accuracy or not val_is_given:
                 best, best_accuracy = copy.deepcopy(network.state_dict()), reached

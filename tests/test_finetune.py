@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ffw_fast import heads
+from ffw_fast import finetune, heads
 from ffw_fast.extract import extract
 from tests.tiny import arguments, network, samples
 
@@ -42,3 +42,24 @@ def test_a_network_of_double_precision_is_tuned_as_one_of_single(monkeypatch, me
 def test_bad_settings(found, settings, message):
     with pytest.raises(ValueError, match=message):
         found.finetune(samples(40), samples(30, seed=1), **settings)
+
+
+@pytest.mark.parametrize(("every", "validated"), [(1, [0, 1, 2, 3, 4, 5]), (2, [0, 2, 4, 5]), (9, [0, 5])])
+def test_epochs_between_validations_are_not_measured(found, monkeypatch, every, validated):
+    """The start and the last epoch always are."""
+    epochs_done, seen = [0], []
+    order = finetune.epoch_order
+
+    def counted_order(*arguments):
+        epochs_done[0] += 1
+        return order(*arguments)
+
+    monkeypatch.setattr(finetune, "epoch_order", counted_order)
+    accuracy = finetune._Reader.accuracy
+    monkeypatch.setattr(
+        finetune._Reader, "accuracy", lambda self, val: seen.append(epochs_done[0]) or accuracy(self, val)
+    )
+    finetune.finetune(
+        network(), found.masks, samples(40), samples(30, seed=1), found.settings, epochs=5, validate_every=every
+    )
+    assert seen == validated
