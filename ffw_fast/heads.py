@@ -25,6 +25,11 @@ HEAD_EPOCHS = "head epoch"  # the stream of orders in which heads visit the samp
 EPOCHS_A_CALL = 16  # a chunk's orders are drawn at once; those after the plateau are drawn in vain
 
 
+def works_meanwhile(device: torch.device) -> bool:
+    """Whether Python may go on while the device computes, until it reads something back."""
+    return device.type == "cuda"
+
+
 def initial_parameters(heads: int, classes: int, features: int, seed: int) -> tuple[Tensor, Tensor]:
     """Weight (heads, K, D) and bias (heads, K), uniform in ``+-1/sqrt(D)`` as in ``nn.Linear``."""
     bound = 1 / math.sqrt(features)
@@ -104,7 +109,7 @@ class PrivateHeads:
             end = start + self._most_epochs
             rows = self._orders(len(features), self.epochs, end) if ahead is None else ahead
             losses = self._fit(features, labels, rows.to(features.device), plateau, self.batch_size)
-            if features.is_cuda and (following := self.epochs + len(rows)) < end:  # while the GPU is at work
+            if works_meanwhile(features.device) and (following := self.epochs + len(rows)) < end:
                 ahead = self._orders(len(features), following, end)
             self._take_in(losses)
         return self.epochs - start

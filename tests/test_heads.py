@@ -86,6 +86,19 @@ def test_fits_are_those_of_the_plain_loop_and_momentum_lives_on(heads, batch_siz
     assert not torch.allclose(fresh.weight, ours.weight, rtol=1e-4)  # it has no momentum
 
 
+@pytest.mark.parametrize("most", [3, 7, 8, 200])
+def test_orders_drawn_ahead_are_those_drawn_when_needed(monkeypatch, most):
+    monkeypatch.setattr(heads_module, "EPOCHS_A_CALL", 4)
+    monkeypatch.setattr(heads_module, "MAX_EPOCHS", most)
+    fitted = []
+    for ahead in (False, True):
+        monkeypatch.setattr(heads_module, "works_meanwhile", lambda device, ahead=ahead: ahead)
+        heads = make_heads()
+        epochs = [heads.fit(*features_and_labels()) for _ in range(2)]
+        fitted.append((epochs, heads.epochs, heads.weight))
+    assert fitted[0][:2] == fitted[1][:2] and torch.equal(fitted[0][2], fitted[1][2])
+
+
 def test_single_steps_and_logits():
     ours, plain = make_heads(2), PlainHeads(2, 20)
     for number in range(5):
