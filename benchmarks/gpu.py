@@ -92,9 +92,14 @@ def _table(title: str, rows: list[dict[str, Any]]) -> Table:
     for column in columns:
         table.add_column(column, justify="right")
     for row in rows:
-        values = [row.get(column, "-") for column in columns]
-        table.add_row(*(f"{value:.3g}" if isinstance(value, float) else str(value) for value in values))
+        table.add_row(*(_shown(row.get(column, "-")) for column in columns))
     return table
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, list):
+        return " ".join(map(_shown, value))
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
 def default_target() -> Path:
