@@ -38,8 +38,23 @@ def block_range(tile, BLOCK: tl.constexpr, WIDE: tl.constexpr):
 
 
 @triton.jit
+def round_to_tf32(x):
+    """The TF32 numbers nearest to float32 ``x``, ties away from zero; NaN stays as it is."""
+    bits = x.to(tl.int32, bitcast=True)
+    rounded = (bits + 0x1000) & -0x2000  # half of the last bit that TF32 keeps, and without the 13 that it drops
+    return tl.where(x == x, rounded, bits).to(tl.float32, bitcast=True)  # a NaN of all ones would become -0
+
+
+@triton.jit
 def dot(a, b, accumulator, PRECISION: tl.constexpr):
-    """``accumulator + a @ b`` in float32; PRECISION says how float32 operands are multiplied."""
+    """``accumulator + a @ b`` in float32; PRECISION says how float32 operands are multiplied.
+
+    Tensor cores drop the bits that TF32 has no room for, which makes all products too small; so operands are rounded
+    here, as cuBLAS does.
+    """
+    if PRECISION == "tf32":
+        a = round_to_tf32(a)
+        b = round_to_tf32(b)
     if INTERPRETED:  # the interpreter would multiply the bit patterns of bfloat16
         a = a.to(tl.float32)
         b = b.to(tl.float32)

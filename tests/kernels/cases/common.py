@@ -31,6 +31,16 @@ def draw(seed: int = 11, number: int = 7, first: int = 64) -> Tensor:
     return philox.make_draw(seed, number, first, torch.device(DEVICE))
 
 
+def tf32(x: Tensor) -> Tensor:
+    """Float32 numbers rounded to the 10 bits after the point that TF32 has, ties away from zero, in double precision.
+
+    Its exponents are float32's, so numbers below 2^-126 have the unit of the smallest normal ones.
+    """
+    unit = torch.ldexp(torch.ones_like(x, dtype=torch.float64), torch.frexp(x.double()).exponent.clamp_min(-125) - 11)
+    rounded = (x.double().abs() / unit + 0.5).floor() * unit
+    return torch.where(x.isfinite(), rounded.copysign(x.double()).float(), x)
+
+
 def with_gaps(tensor: Tensor) -> Tensor:
     """The same numbers with others between them in memory."""
     return torch.stack([tensor, tensor + 1], dim=-1)[..., 0]

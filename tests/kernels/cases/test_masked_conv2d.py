@@ -11,7 +11,7 @@ from torch.nn import grad as conv_grad
 from ffw_fast import ops
 from ffw_fast.gates import GateKind
 
-from .common import INTERPRETED, KINDS, assert_as_good, draw, normal, one, with_gaps
+from .common import INTERPRETED, KINDS, assert_as_good, draw, normal, one, tf32, with_gaps
 
 SMALL = Tile(32, 16, 32, 4, 2)
 # batch, channels, height, width, outputs, kernel, then the convolution's own settings
@@ -186,3 +186,38 @@ def test_places_beyond_32_bits():
     grad = torch.ones_like(result)
     result = masked_conv2d_score_grad(grad, x, *gate, stride=stride, tile=SMALL)
     assert torch.equal(result, masked_conv2d_score_grad(grad, small, *gate, stride=(1, 3), tile=SMALL))
+
+
+def in_tf32(case, grad, x, gate, bias, tile=None):
+    """Output, gradient of the input and of the scores, by the kernels in TF32."""
+    settings = {**case[-1], "precision": "tf32", "tile": tile}
+    return (
+        masked_conv2d(x, *gate, bias, **settings),
+        masked_conv2d_input_grad(grad, x.shape, *gate, **settings),
+        masked_conv2d_score_grad(grad, x, *gate, **settings),
+    )
+
+
+@pytest.mark.parametrize("memory_format", [CONTIGUOUS, LAST])
+def test_tf32_operands_are_rounded(memory_format):
+    (x, weight, scores, bias, grad), rest = layer(SMALL_CASE, memory_format=memory_format)
+    rounded, kind = (tf32(x), tf32(weight), scores, bias, tf32(grad)), GateKind.HARD  # its gates round nothing
+    own = plain(*rounded, *rest, kind, False, SMALL_CASE[-1])
+    exact = plain(*(tensor.double() for tensor in rounded), *rest, kind, False, SMALL_CASE[-1])
+    out, x_grad, scores_grad = in_tf32(SMALL_CASE, grad, x, (weight, scores, *rest, kind), bias, SMALL)
+    scores_grad = scores_grad * (tf32(weight) / weight)  # the weight behind the sum is not rounded
+    for result, one_own, one_exact in zip((out, x_grad, scores_grad), own, exact, strict=True):
+        assert_as_good(result, one_own, one_exact)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter multiplies in full precision")
+def test_tf32():
+    """As good as PyTorch's own, whose convolutions are in TF32 unless they are told otherwise."""
+    case = (4, 32, 14, 14, 48, (3, 3), {"padding": 1})
+    (x, weight, scores, bias, grad), rest = layer(case)
+    own = plain(x, weight, scores, bias, grad, *rest, GateKind.FFW, False, case[-1])
+    wide = (tensor.double() for tensor in (x, weight, scores, bias, grad))
+    exact = plain(*wide, *rest, GateKind.FFW, False, case[-1])
+    results = in_tf32(case, grad, x, (weight, scores, *rest, GateKind.FFW), bias)
+    for result, one_own, one_exact in zip(results, own, exact, strict=True):
+        assert_as_good(result, one_own, one_exact)

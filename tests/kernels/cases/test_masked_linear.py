@@ -10,7 +10,7 @@ from torch.nn import functional
 from ffw_fast import ops
 from ffw_fast.gates import GateKind
 
-from .common import DEVICE, INTERPRETED, KINDS, assert_as_good, draw, normal, one, with_gaps
+from .common import DEVICE, INTERPRETED, KINDS, assert_as_good, draw, normal, one, tf32, with_gaps
 
 SMALL = Tile(16, 16, 16, 4, 2)
 SHAPES = [(1, 1, 1), (16, 16, 16), (17, 33, 5), (3, 20, 40), (35, 7, 31)]  # rows, outputs, inputs
@@ -166,13 +166,33 @@ def test_places_beyond_32_bits():
     )
 
 
-@pytest.mark.skipif(INTERPRETED, reason="TF32 rounding exists on a GPU only")
+def in_tf32(grad, x, gate, bias, tile=None):
+    """Output, gradient of the input and of the scores, by the kernels in TF32."""
+    return (
+        masked_linear(x, *gate, bias, precision="tf32", tile=tile),
+        masked_linear_input_grad(grad, *gate, precision="tf32", tile=tile),
+        masked_linear_score_grad(grad, x, *gate, precision="tf32", tile=tile),
+    )
+
+
+def test_tf32_operands_are_rounded():
+    (x, weight, scores, bias, grad), rest = layer(17, 33, 40)
+    rounded, kind = (tf32(x), tf32(weight), scores, bias, tf32(grad)), GateKind.HARD  # its gates round nothing
+    own = plain(*rounded, *rest, kind, False)
+    exact = plain(*(tensor.double() for tensor in rounded), *rest, kind, False)
+    out, x_grad, scores_grad = in_tf32(grad, x, (weight, scores, *rest, kind), bias, SMALL)
+    scores_grad = scores_grad * (tf32(weight) / weight)  # the weight behind the sum is not rounded
+    for result, one_own, one_exact in zip((out, x_grad, scores_grad), own, exact, strict=True):
+        assert_as_good(result, one_own, one_exact)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter multiplies in full precision")
 def test_tf32():
-    (x, weight, scores, bias, _), rest = layer(100, 100, 200)
-    result = masked_linear(x, weight, scores, *rest, GateKind.FFW, bias, precision="tf32")
-    gated = ops.gate_weight_default(weight.double(), scores.double(), *rest, GateKind.FFW)
-    exact = functional.linear(x.double(), gated, bias.double())
+    (x, weight, scores, bias, grad), rest = layer(100, 100, 200)
+    exact = plain(*(tensor.double() for tensor in (x, weight, scores, bias, grad)), *rest, GateKind.FFW, False)
     torch.backends.cuda.matmul.allow_tf32 = True
-    own = functional.linear(x, gated.float(), bias)
+    own = plain(x, weight, scores, bias, grad, *rest, GateKind.FFW, False)
     torch.backends.cuda.matmul.allow_tf32 = False
-    assert_as_good(result, own, exact)
+    results = in_tf32(grad, x, (weight, scores, *rest, GateKind.FFW), bias)
+    for result, one_own, one_exact in zip(results, own, exact, strict=True):
+        assert_as_good(result, one_own, one_exact)
