@@ -77,6 +77,21 @@ def seconds(run: Callable[[], Any], dry: bool, repeats: int = 20) -> float:
     return median(times)
 
 
+def seconds_in_graph(run: Callable[[], Any], calls: int = 10) -> float:
+    """The device's time for a call: of several that are captured in one CUDA graph, which leaves the CPU out."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):  # what a capture may not do, such as compiling a kernel, is done before
+        for _ in range(3):
+            run()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(calls):
+            run()
+    return seconds(graph.replay, dry=False) / calls
+
+
 # The build and what is there ------------------------------------------------------------------------------------------
 
 
@@ -411,7 +426,10 @@ def _shown(measured: dict[str, Any]) -> dict[str, Any]:
 
 
 def masked_layers(dry: bool) -> Rows:
-    """Forward and backward of masked layers, the weight gated before or while it is read, beside dense ones."""
+    """Forward and backward of masked layers, the weight gated before or while it is read, beside dense ones.
+
+    Called as usual, where launches take longer than the device does, and on a device in a CUDA graph too.
+    """
     layers = layers_to_mask()
     for layer, batch, dtype in product(layers[:1] if dry else layers, (64, 256), (torch.float32, torch.bfloat16)):
         row = {"layer": layer.shape, "batch": batch, "dtype": str(dtype).removeprefix("torch.")}
@@ -424,7 +442,9 @@ def masked_layers(dry: bool) -> Rows:
         for side, choice in {"dense": "auto", "pregated": "pregated", "fused": "fused"}.items():
             network, trained = (dense, dense.weight) if side == "dense" else (masked, masked.scores)
             run = forward_or_both(partial(network, x), (trained, x), grad, "both")
-            row[side] = _time_with(choice, run, dry)
+            row[side] = _time_with(choice, partial(seconds, run, dry))
+            if not dry:
+                row[f"{side} in a graph"] = _time_with(choice, partial(seconds_in_graph, run))
         yield row
 
 
@@ -434,11 +454,11 @@ def layers_to_mask() -> list[jobs.Layer]:
     return [*jobs.layers_of(jobs.JOBS[3]), *sorted(convolutions, key=lambda layer: layer.outputs[-1])[1::5]]
 
 
-def _time_with(choice: str, run: Callable[[], Any], dry: bool) -> float | str:
-    """The time of a call while masked layers do as they are told by ``FFW_FAST_MASKED_LAYERS``."""
+def _time_with(choice: str, measure: Callable[[], float]) -> float | str:
+    """The time of a layer while masked ones do as they are told by ``FFW_FAST_MASKED_LAYERS``."""
     before, fusion.choice = fusion.choice, choice
     try:
-        return seconds(run, dry)
+        return measure()
     except Exception as problem:
         return told(problem)
     finally:

@@ -14,7 +14,7 @@ from torch.nn.utils import parametrize
 from ffw_fast import philox
 from ffw_fast.autograd import GatedConv2d, GatedLinear, GateWeight
 from ffw_fast.channels import ChannelGraph, ChannelMask, replace_module
-from ffw_fast.fusion import fuses_conv2d, fuses_linear
+from ffw_fast.fusion import fuses
 from ffw_fast.gates import gate_kind
 
 FLAT_ALIGNMENT = 16  # elements; each layer's gates start at such a multiple in the network's flat list of gates
@@ -161,8 +161,7 @@ class MaskedConv2d(_MaskedConv, nn.Conv2d):
     dense_class = nn.Conv2d
 
     def forward(self, x: Tensor) -> Tensor:
-        plain = self.padding_mode == "zeros" and not isinstance(self.padding, str)
-        if plain and fuses_conv2d(x, self.weight, self.bias, self.kind, self.stride, self.groups):
+        if fuses(self, x):
             geometry = (self.stride, self.padding, self.dilation, self.groups)
             return GatedConv2d.apply(x, *self._gate(), self.bias, *geometry, False)
         return super().forward(x)
@@ -188,7 +187,7 @@ class MaskedLinear(MaskedLayer, nn.Linear):
         self.add_gate(gate)
 
     def forward(self, x: Tensor) -> Tensor:
-        if fuses_linear(x, self.weight, self.bias, self.kind):
+        if fuses(self, x):
             return GatedLinear.apply(x, *self._gate(), self.bias, False)
         return nn.functional.linear(x, self.gated_weight(), self.bias)
 

@@ -41,6 +41,9 @@ def test_dry_run_survives_a_failed_section(in_process, tmp_path, capsys):
     rows = sections["workloads"]["figures"]
     assert [row["workload"] for row in rows] == [job.name for job in jobs.TINY_JOBS]
     assert all(row["gate_step"] > 0 and row["projected_on_a100"] > 0 and row["graph"] == "no" for row in rows)
+    sides = {"dense", "pregated", "fused"}  # and no graph, which only a device has
+    assert all(row.keys() == {"layer", "batch", "dtype", *sides} for row in sections["masked layers"]["figures"])
+    assert all(row[side] > 0 for row in sections["masked layers"]["figures"] for side in sides)
     assert sections["here"]["figures"][0]["torch"] == torch.__version__
     printed = capsys.readouterr().out
     assert "build: no compiler" in printed and "gated_adam_step_ bernoulli" in printed
