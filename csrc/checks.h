@@ -41,13 +41,17 @@ void check_type(bool holds, const Parts&... message) {
   if (!holds) throw std::runtime_error(text_of(message...));
 }
 
-// As Python shows it: "(3, 4)".
-inline std::string shape_text(const Tensor& tensor) {
-  std::ostringstream text;
+// A shape as Python shows it: "(3, 4)". It is written where a check fails only: writing takes longer than a small
+// operator does.
+struct ShapeText {
+  const Tensor& tensor;
+};
+inline ShapeText shape_text(const Tensor& tensor) { return {tensor}; }
+inline std::ostream& operator<<(std::ostream& text, ShapeText shape) {
+  const Tensor& tensor = shape.tensor;
   text << "(";
   for (int64_t i = 0; i < tensor.dim(); ++i) text << (i > 0 ? ", " : "") << tensor.size(i);
-  text << (tensor.dim() == 1 ? ",)" : ")");
-  return text.str();
+  return text << (tensor.dim() == 1 ? ",)" : ")");
 }
 
 // As Python shows it: "torch.float32".

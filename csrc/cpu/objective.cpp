@@ -148,9 +148,9 @@ void check_shapes(const Tensor& logits, const Tensor& labels, const Tensor& head
              ", ", dtype_text(head_logits.scalar_type()));
   check_value(!importance || (importance->dim() == 3 && importance->size(0) == head_logits.size(1) &&
                               importance->size(1) == logits.size(1) && importance->size(2) == head_logits.size(2)),
-              "importance must be (heads, C, K), got ", importance ? shape_text(*importance) : "");
+              "importance must be (heads, C, K), got ", importance ? text_of(shape_text(*importance)) : "");
   check_value(!aligned || (aligned->dim() == 1 && aligned->size(0) == logits.size(1)), "aligned must be (C,), got ",
-              aligned ? shape_text(*aligned) : "");
+              aligned ? text_of(shape_text(*aligned)) : "");
 }
 
 std::tuple<Tensor, Tensor, Tensor> objective(Tensor logits, Tensor labels, Tensor head_logits, Tensor bias_labels,
