@@ -19,10 +19,10 @@ time alone:
     128x64x1x1/2 on 8x8, 64, float32         289        567   1540    39.9       43.6   32.3
     128x64x1x1/2 on 8x8, 256, float32        410        689   1500    54.5       58.6   45.6
 
-So layers are pre-gated. The environment variable FFW_FAST_MASKED_LAYERS is there for who captures small layers in
-graphs of their own: ``auto`` (default) and ``pregated`` gate first, ``fused`` fuses wherever the operator takes the
-layer (without a Triton kernel its plain-PyTorch one does the work). The loop of ``ffw_fast.extract`` does not come
-here: its gated weights are written by the optimizer's pass, so pre-gating costs it nothing.
+So layers are pre-gated. FFW_FAST_MASKED_LAYERS, an environment variable, is for those who capture small layers in CUDA
+graphs: ``auto`` (default) and ``pregated`` gate first, ``fused`` fuses wherever the operator takes the layer (without a
+Triton kernel its plain-PyTorch one does the work). The loop of ``ffw_fast.extract`` does not come here: its gated
+weights are written by the optimizer's pass, so pre-gating costs it nothing.
 """
 
 import os
