@@ -482,7 +482,7 @@ SECTIONS = {  # what matters most comes first: what is late is cut off
     "cuda tests": Section(cuda_tests, 80),
     "operators": Section(operators, 70),
     "workloads": Section(workloads, 80),
-    "whole": Section(whole, 100),
+    "whole": Section(whole, 140),
     "masked layers": Section(masked_layers, 60),
     "triton tests": Section(triton_tests, 100),
     "sanitized": Section(sanitized, 50),
