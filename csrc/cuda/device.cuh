@@ -58,8 +58,10 @@ inline size_t largest_shared_memory() {
   return static_cast<size_t>(bytes);
 }
 
+// Of more than what every kernel may have without being asked.
 template <typename Kernel>
 void allow_shared_memory(Kernel kernel, size_t bytes) {
+  if (bytes <= 48 * 1024) return;
   check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)));
 }
 
@@ -195,17 +197,61 @@ __device__ __forceinline__ T warp_sum(T x) {
   return x;
 }
 
-// The sum over the threads of a block, in thread 0, always in the same order. `a_warp`: shared, one entry a warp.
+// The sum over a warp's threads for sum_of_warps, which comes after a barrier. `a_warp`: shared, one entry a warp.
 template <typename T>
-__device__ __forceinline__ T block_sum(T x, T* a_warp) {
+__device__ __forceinline__ void keep_warp_sum(T x, T* a_warp) {
   x = warp_sum(x);
   if (threadIdx.x % warp_size == 0) a_warp[threadIdx.x / warp_size] = x;
-  __syncthreads();
+}
+
+template <typename T>
+__device__ __forceinline__ T sum_of_warps(const T* a_warp) {
   T total = 0;
-  if (threadIdx.x == 0) {
-    for (unsigned warp = 0; warp < blockDim.x / warp_size; ++warp) total += a_warp[warp];
-  }
+  for (unsigned warp = 0; warp < blockDim.x / warp_size; ++warp) total += a_warp[warp];
   return total;
+}
+
+// The sum over the threads of a block, in thread 0, always in the same order.
+template <typename T>
+__device__ __forceinline__ T block_sum(T x, T* a_warp) {
+  keep_warp_sum(x, a_warp);
+  __syncthreads();
+  return threadIdx.x == 0 ? sum_of_warps(a_warp) : T(0);
+}
+
+// Softmax -----------------------------------------------------------------------------------------------------------
+
+template <typename T>
+__device__ __forceinline__ T larger(T a, T b) {
+  return a > b ? a : b;
+}
+
+template <typename Logit>
+__device__ __forceinline__ Working<Logit> largest_of(const Logit* logits, int classes) {
+  Working<Logit> largest = widen(logits[0]);
+  for (int c = 1; c < classes; ++c) largest = larger(largest, widen(logits[c]));
+  return largest;
+}
+
+// The exponentials of a row of logits relative to its largest, and their sum; `out` may be the row itself.
+template <typename Logit, typename T>
+__device__ __forceinline__ T exponentials(const Logit* logits, int classes, T largest, T* out) {
+  T sum = 0;
+#pragma unroll 4
+  for (int c = 0; c < classes; ++c) sum += out[c] = decay(widen(logits[c]) - largest);
+  return sum;
+}
+
+// A row of logits becomes its errors, (softmax - one-hot) * scale; returns the cross-entropy. Both are NaN for a label
+// out of range: a kernel cannot raise.
+template <typename T>
+__device__ __forceinline__ T cross_entropy_errors(T* row, int classes, int64_t label, T scale) {
+  const bool valid = label >= 0 && label < classes;
+  const T largest = largest_of(row, classes), picked = row[valid ? label : 0] - largest;
+  const T sum = exponentials(row, classes, largest, row);
+  const T factor = valid ? quotient(scale, sum) : static_cast<T>(NAN);
+  for (int c = 0; c < classes; ++c) row[c] = row[c] * factor - (c == label ? scale : T(0));
+  return valid ? logarithm(sum) - picked : static_cast<T>(NAN);
 }
 
 }  // namespace ffw::cuda

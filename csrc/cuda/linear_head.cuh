@@ -233,20 +233,9 @@ __device__ __forceinline__ void errors_of_row(const HeadArguments<T>& a, const H
   const bool known = sample >= 0 && sample < a.samples;
   memory.offsets[row] = (known ? sample : 0) * a.width;
   const int64_t label = known ? a.labels[sample * a.heads + blockIdx.x] : -1;
-  const bool valid = label >= 0 && label < a.classes;
   T* const values = memory.errors + row * padded_classes(a.classes);
-  T largest = values[0];
-  for (int c = 1; c < a.classes; ++c) largest = values[c] > largest ? values[c] : largest;
-  const T picked = values[valid ? label : 0] - largest;
-  T sum = 0;
-  for (int c = 0; c < a.classes; ++c) {
-    values[c] = decay(values[c] - largest);
-    sum += values[c];
-  }
-  const T scale = valid ? quotient(inverse_batch, sum) : static_cast<T>(NAN);
-  for (int c = 0; c < a.classes; ++c) values[c] = values[c] * scale - (c == label ? inverse_batch : T(0));
+  memory.losses[row] = cross_entropy_errors(values, a.classes, label, inverse_batch);
   for (int c = a.classes; c < padded_classes(a.classes); ++c) values[c] = 0;
-  memory.losses[row] = valid ? logarithm(sum) - picked : static_cast<T>(NAN);
 }
 
 // One parameter's part of a step. A minibatch of several chunks adds up in the momentum before it is applied.

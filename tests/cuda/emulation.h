@@ -157,6 +157,18 @@ T shuffle_xor(unsigned lanes, T value, int mask, int line) {
   return value;
 }
 
+// A bit for every lane, set where its predicate holds.
+inline unsigned ballot(unsigned lanes, bool predicate, int line) {
+  if (lanes != 0xffffffffu) fail("only whole warps vote here");
+  Warp& warp = warp_of_current();
+  warp.slots[current->index.x % 32][0] = predicate;
+  warp.meeting.wait(32, line);
+  unsigned votes = 0;
+  for (unsigned lane = 0; lane < 32; ++lane) votes |= static_cast<unsigned>(warp.slots[lane][0]) << lane;
+  warp.meeting.wait(32, -line);  // before the slots are used again
+  return votes;
+}
+
 inline std::vector<size_t> shuffled(size_t count, std::mt19937& random) {
   std::vector<size_t> numbers(count);
   for (size_t i = 0; i < count; ++i) numbers[i] = order == 1 ? count - 1 - i : i;
@@ -247,6 +259,8 @@ inline void launch(int64_t grid, unsigned threads, size_t shared, bool together,
 #define gridDim (emulation::current->block->grid)
 #define __syncthreads() emulation::barrier(__LINE__)
 #define __shfl_xor_sync(lanes, value, mask) emulation::shuffle_xor(lanes, value, mask, __LINE__)
+#define __ballot_sync(lanes, predicate) emulation::ballot(lanes, predicate, __LINE__)
+#define __ffs(bits) __builtin_ffs(static_cast<int>(bits))
 #define __threadfence() static_cast<void>(0)  // the atomics below order all memory
 #define __nanosleep(nanoseconds) emulation::pause()
 #define __ldcg(pointer) (*(pointer))
