@@ -33,6 +33,7 @@ _INSTANCES = """
 #include "gated_adam.cuh"
 #include "linear_head.cuh"
 #include "mutual_information.cuh"
+#include "objective.cuh"
 namespace ffw::cuda {
 template void launch_gate_weight(GateWeightArguments<float, float>, Kind, cudaStream_t);
 template void launch_gate_weight(GateWeightArguments<__half, float>, Kind, cudaStream_t);
@@ -50,6 +51,9 @@ template void launch_mutual_information(InformationArguments<__nv_bfloat16>, cud
 template void launch_mutual_information_backward(const InformationBackwardArguments<float>&, cudaStream_t);
 template void launch_mutual_information_backward(const InformationBackwardArguments<__half>&, cudaStream_t);
 template void launch_mutual_information_backward(const InformationBackwardArguments<__nv_bfloat16>&, cudaStream_t);
+template void launch_objective(ObjectiveArguments<float>, cudaStream_t);
+template void launch_objective(ObjectiveArguments<__half>, cudaStream_t);
+template void launch_objective(ObjectiveArguments<__nv_bfloat16>, cudaStream_t);
 }
 """
 
@@ -69,6 +73,13 @@ def head_shared_memory(width: int = 512, classes: int = 10, chunk: int = 100) ->
     """Bytes a block of ``fit_linear_head_`` takes; the default is ResNet18's bottleneck."""
     padded = -(-classes // 4) * 4
     return 4 * (chunk * (padded + 1) + 2 * classes + 2 * classes * width) + 8 * chunk + 12
+
+
+def objective_shared_memory(samples: int = 100, targets: int = 10, heads: int = 2, classes: int = 10) -> int:
+    """Bytes the block of ``objective`` takes; the default is Multi-Color MNIST's minibatch."""
+    a_head, a_task = classes | 1, targets | 1  # rows begin in different banks
+    numbers = heads * classes * (a_head + 4) + 2 * 32 + samples * (heads * a_head + a_task)
+    return 4 * (numbers + (samples + 1) * heads)
 
 
 _ADAM_SHARED = 48 + 48 + 8 * 4 + 4  # GatedAdamShared<float>, at most
@@ -92,6 +103,10 @@ BUDGETS = {
     "mutual_information_backward float": Budget(256, 4, 4 * 4 * 10),
     "mutual_information_backward half": Budget(256, 4, 4 * 4 * 10),
     "mutual_information_backward bfloat16": Budget(256, 4, 4 * 4 * 10),
+    # One block altogether.
+    "objective float": Budget(1024, 1, objective_shared_memory()),
+    "objective half": Budget(1024, 1, objective_shared_memory()),
+    "objective bfloat16": Budget(1024, 1, objective_shared_memory()),
 }
 
 
@@ -100,7 +115,7 @@ class Kernel:
     """What the machine code of one kernel holds."""
 
     name: str  # with its types, as in BUDGETS
-    variant: str  # the gate's kind, or nothing
+    variant: str  # the gate's kind, where joints are kept, or nothing
     architecture: str
     registers: int
     local_bytes: int
@@ -171,6 +186,7 @@ def compile_kernels(target: Path, architecture: str, csrc: Path = CSRC) -> None:
 
 _KINDS = ("ffw", "hard", "bernoulli", "concrete")
 _PLACEMENTS = ("shared", "weight_shared", "global")
+_JOINTS = ("global joints", "shared joints")
 _TYPES = (("13__nv_bfloat16", "bfloat16"), ("6__half", "half"), ("f", "float"))
 
 
@@ -183,17 +199,19 @@ def _names(mangled: str) -> tuple[str, str]:
     placement = re.search(r"9PlacementE(\d)", types)
     if placement:
         return f"{base} {_PLACEMENTS[int(placement[1])]}", ""
+    joints = re.search(r"Lb([01])", types)
     rest = types[kind.end() :].removeprefix("E") if kind else types
     stored = next(name for code, name in _TYPES if rest.startswith(code))
-    return f"{base} {stored}", _KINDS[int(kind[1])] if kind else ""
+    variant = _JOINTS[int(joints[1])] if joints else _KINDS[int(kind[1])] if kind else ""
+    return f"{base} {stored}", variant
 
 
 def _subroutines(code: str) -> int:
-    """Bodies that end in a return, as of divisions. Not counted: the body of a shuffle, which stands beside its inline
-    form for warps that have diverged (no barrier or shuffle here is reached by a part of a warp alone)."""
+    """Bodies that end in a return, as of divisions. Not counted: the body of a shuffle or a vote, which stands beside its
+    inline form for warps that have diverged (no barrier, shuffle or vote here is reached by a part of a warp alone)."""
     instructions = re.findall(r"^\s*/\*[0-9a-f]{4,}\*/\s+(.*?);", code, re.MULTILINE)
     returns = [i for i, text in enumerate(instructions) if re.search(r"\bRET\b", text)]
-    return sum("SHFL" not in " ".join(instructions[max(0, i - 4) : i]) for i in returns)
+    return sum(not re.search("SHFL|VOTE", " ".join(instructions[max(0, i - 4) : i])) for i in returns)
 
 
 def _widest_load(code: str) -> int:

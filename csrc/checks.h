@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <initializer_list>
+#include <optional>
 #include <sstream>
 #include <stdexcept>
 #include <string>
@@ -235,6 +236,33 @@ inline void check_information(const Tensor& logits, const Tensor& labels) {
              dtype_text(labels.scalar_type()));
   check_value(logits.numel() > 0, "mutual information needs at least one sample, head and class, got logits ",
               shape_text(logits));
+}
+
+// Of objective, but for the range of labels: logits [n, C], labels [n], head logits [n, heads, K], bias labels [n, heads].
+inline void check_objective(const Tensor& logits, const Tensor& labels, const Tensor& head_logits,
+                            const Tensor& bias_labels, const std::optional<Tensor>& importance,
+                            const std::optional<Tensor>& aligned) {
+  check_value(logits.dim() == 2 && labels.dim() == 1 && labels.size(0) == logits.size(0),
+              "expected logits (n, C) and labels (n,), got ", shape_text(logits), ", ", shape_text(labels));
+  check_value(head_logits.dim() == 3 && bias_labels.dim() == 2 && head_logits.size(0) == logits.size(0) &&
+                  bias_labels.size(0) == logits.size(0) && bias_labels.size(1) == head_logits.size(1),
+              "expected head logits (", logits.size(0), ", heads, K) and bias labels (", logits.size(0),
+              ", heads), got ", shape_text(head_logits), ", ", shape_text(bias_labels));
+  check_value(logits.numel() > 0 && head_logits.numel() > 0, "the objective of an empty minibatch is not defined");
+  check_type(is_floating(logits.scalar_type()) && head_logits.scalar_type() == logits.scalar_type(),
+             "logits and head logits must have one floating-point dtype, got ", dtype_text(logits.scalar_type()),
+             ", ", dtype_text(head_logits.scalar_type()));
+  check_value(!importance || (importance->dim() == 3 && importance->size(0) == head_logits.size(1) &&
+                              importance->size(1) == logits.size(1) && importance->size(2) == head_logits.size(2)),
+              "importance must be (heads, C, K), got ", importance ? text_of(shape_text(*importance)) : "");
+  check_value(!aligned || (aligned->dim() == 1 && aligned->size(0) == logits.size(1)), "aligned must be (C,), got ",
+              aligned ? text_of(shape_text(*aligned)) : "");
+  const auto check_labels = [](const char* name, const Tensor& given) {
+    check_type(given.scalar_type() == ScalarType::Long, name, " must be int64, got ", dtype_text(given.scalar_type()));
+  };
+  check_labels("labels", labels);
+  check_labels("bias labels", bias_labels);
+  if (aligned) check_labels("aligned", *aligned);
 }
 
 }  // namespace ffw

@@ -31,7 +31,7 @@ from ffw_fast.plateau import Plateau
 _library = torch.library.Library("ffw_fast", "DEF")
 _HALF = (torch.bfloat16, torch.float16)
 DEFAULTS: dict[str, Callable[..., Any]] = {}  # name of an operator -> its plain-PyTorch kernel
-COMPOSED = {"objective"}  # compiled for the CPU only; the default kernel calls other operators, which have GPU kernels
+COMPOSED = {"objective"}  # no Triton kernel; the default kernel calls other operators, which have Triton kernels
 
 
 def _define(schema: str, default: Callable[..., Any], fake: Callable[..., Any]) -> None:

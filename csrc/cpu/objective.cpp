@@ -126,31 +126,11 @@ void run(const Tensor& logits, const Tensor& head_logits, const Labels& labels, 
 }
 
 const int64_t* checked_labels(const char* name, const Tensor& labels, int64_t end) {
-  check_type(labels.scalar_type() == ScalarType::Long, name, " must be int64, got ", dtype_text(labels.scalar_type()));
   const int64_t* data = static_cast<const int64_t*>(labels.data_ptr());
   for (int64_t i = 0; i < labels.numel(); ++i) {
     check_value(data[i] >= 0 && data[i] < end, name, " must be in [0, ", end, "), got ", data[i]);
   }
   return data;
-}
-
-void check_shapes(const Tensor& logits, const Tensor& labels, const Tensor& head_logits, const Tensor& bias_labels,
-                  const std::optional<Tensor>& importance, const std::optional<Tensor>& aligned) {
-  check_value(logits.dim() == 2 && labels.dim() == 1 && labels.size(0) == logits.size(0),
-              "expected logits (n, C) and labels (n,), got ", shape_text(logits), ", ", shape_text(labels));
-  check_value(head_logits.dim() == 3 && bias_labels.dim() == 2 && head_logits.size(0) == logits.size(0) &&
-                  bias_labels.size(0) == logits.size(0) && bias_labels.size(1) == head_logits.size(1),
-              "expected head logits (", logits.size(0), ", heads, K) and bias labels (", logits.size(0),
-              ", heads), got ", shape_text(head_logits), ", ", shape_text(bias_labels));
-  check_value(logits.numel() > 0 && head_logits.numel() > 0, "the objective of an empty minibatch is not defined");
-  check_type(is_floating(logits.scalar_type()) && head_logits.scalar_type() == logits.scalar_type(),
-             "logits and head logits must have one floating-point dtype, got ", dtype_text(logits.scalar_type()),
-             ", ", dtype_text(head_logits.scalar_type()));
-  check_value(!importance || (importance->dim() == 3 && importance->size(0) == head_logits.size(1) &&
-                              importance->size(1) == logits.size(1) && importance->size(2) == head_logits.size(2)),
-              "importance must be (heads, C, K), got ", importance ? text_of(shape_text(*importance)) : "");
-  check_value(!aligned || (aligned->dim() == 1 && aligned->size(0) == logits.size(1)), "aligned must be (C,), got ",
-              aligned ? text_of(shape_text(*aligned)) : "");
 }
 
 std::tuple<Tensor, Tensor, Tensor> objective(Tensor logits, Tensor labels, Tensor head_logits, Tensor bias_labels,
@@ -160,7 +140,7 @@ std::tuple<Tensor, Tensor, Tensor> objective(Tensor logits, Tensor labels, Tenso
   for (const std::optional<Tensor>& table : {importance, aligned}) {
     if (table) check_on_cpu({&*table});
   }
-  check_shapes(logits, labels, head_logits, bias_labels, importance, aligned);
+  check_objective(logits, labels, head_logits, bias_labels, importance, aligned);
   const ScalarType given = logits.scalar_type(), dtype = is_half(given) ? ScalarType::Float : given;
   const auto prepared = [&](const Tensor& tensor) { return made_contiguous(torch::stable::to(tensor, dtype)); };
   const Tensor dense_logits = prepared(logits), dense_head_logits = prepared(head_logits);

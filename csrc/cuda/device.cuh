@@ -204,11 +204,11 @@ __device__ __forceinline__ void keep_warp_sum(T x, T* a_warp) {
   if (threadIdx.x % warp_size == 0) a_warp[threadIdx.x / warp_size] = x;
 }
 
+// By a whole warp, in every lane of it.
 template <typename T>
 __device__ __forceinline__ T sum_of_warps(const T* a_warp) {
-  T total = 0;
-  for (unsigned warp = 0; warp < blockDim.x / warp_size; ++warp) total += a_warp[warp];
-  return total;
+  const unsigned lane = threadIdx.x % warp_size;
+  return warp_sum(lane < blockDim.x / warp_size ? a_warp[lane] : T(0));
 }
 
 // The sum over the threads of a block, in thread 0, always in the same order.
@@ -216,7 +216,7 @@ template <typename T>
 __device__ __forceinline__ T block_sum(T x, T* a_warp) {
   keep_warp_sum(x, a_warp);
   __syncthreads();
-  return threadIdx.x == 0 ? sum_of_warps(a_warp) : T(0);
+  return threadIdx.x < warp_size ? sum_of_warps(a_warp) : T(0);
 }
 
 // Softmax -----------------------------------------------------------------------------------------------------------
@@ -236,21 +236,27 @@ __device__ __forceinline__ Working<Logit> largest_of(const Logit* logits, int cl
 // The exponentials of a row of logits relative to its largest, and their sum; `out` may be the row itself.
 template <typename Logit, typename T>
 __device__ __forceinline__ T exponentials(const Logit* logits, int classes, T largest, T* out) {
+  constexpr int part = 16;  // a long sum of parts is more precise
   T sum = 0;
-#pragma unroll 4
-  for (int c = 0; c < classes; ++c) sum += out[c] = decay(widen(logits[c]) - largest);
+  for (int begin = 0; begin < classes; begin += part) {
+    const int end = classes - begin < part ? classes : begin + part;
+    T part_sum = 0;
+#pragma unroll 2
+    for (int c = begin; c < end; ++c) part_sum += out[c] = decay(widen(logits[c]) - largest);
+    sum += part_sum;
+  }
   return sum;
 }
 
-// A row of logits becomes its errors, (softmax - one-hot) * scale; returns the cross-entropy. Both are NaN for a label
-// out of range: a kernel cannot raise.
-template <typename T>
-__device__ __forceinline__ T cross_entropy_errors(T* row, int classes, int64_t label, T scale) {
+// softmax(logits) * scale - (hit, of the label), which is a sample's probabilities or, if hit = scale, its errors;
+// returns the cross-entropy. All are NaN for a label out of range: a kernel cannot raise. `out` may be the logits.
+template <typename Logit, typename T>
+__device__ __forceinline__ T softmax_row(const Logit* logits, int classes, int64_t label, T scale, T hit, T* out) {
   const bool valid = label >= 0 && label < classes;
-  const T largest = largest_of(row, classes), picked = row[valid ? label : 0] - largest;
-  const T sum = exponentials(row, classes, largest, row);
+  const T largest = largest_of(logits, classes), picked = widen(logits[valid ? label : 0]) - largest;
+  const T sum = exponentials(logits, classes, largest, out);
   const T factor = valid ? quotient(scale, sum) : static_cast<T>(NAN);
-  for (int c = 0; c < classes; ++c) row[c] = row[c] * factor - (c == label ? scale : T(0));
+  for (int c = 0; c < classes; ++c) out[c] = out[c] * factor - (c == label ? hit : T(0));
   return valid ? logarithm(sum) - picked : static_cast<T>(NAN);
 }
 

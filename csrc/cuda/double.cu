@@ -4,6 +4,7 @@
 #include "gated_adam.cuh"
 #include "linear_head.cuh"
 #include "mutual_information.cuh"
+#include "objective.cuh"
 
 namespace ffw::cuda {
 
@@ -15,5 +16,6 @@ template void launch_add_movement(double*, const double*, int64_t, cudaStream_t)
 template void launch_fit_linear_head(HeadArguments<double>, cudaStream_t);
 template void launch_mutual_information(InformationArguments<double>, cudaStream_t);
 template void launch_mutual_information_backward(const InformationBackwardArguments<double>&, cudaStream_t);
+template void launch_objective(ObjectiveArguments<double>, cudaStream_t);
 
 }  // namespace ffw::cuda

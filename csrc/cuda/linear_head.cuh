@@ -234,7 +234,7 @@ __device__ __forceinline__ void errors_of_row(const HeadArguments<T>& a, const H
   memory.offsets[row] = (known ? sample : 0) * a.width;
   const int64_t label = known ? a.labels[sample * a.heads + blockIdx.x] : -1;
   T* const values = memory.errors + row * padded_classes(a.classes);
-  memory.losses[row] = cross_entropy_errors(values, a.classes, label, inverse_batch);
+  memory.losses[row] = softmax_row(values, a.classes, label, inverse_batch, inverse_batch, values);
   for (int c = a.classes; c < padded_classes(a.classes); ++c) values[c] = 0;
 }
 

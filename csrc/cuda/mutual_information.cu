@@ -10,7 +10,7 @@ namespace {
 
 void check_logits(const Tensor& logits, const Tensor& labels) {
   check_information(logits, labels);
-  check_value(logits.size(2) <= 4096, "mutual information of at most 4096 classes, got ", logits.size(2));
+  check_information_classes(logits.size(2));
 }
 
 template <typename T>

@@ -33,14 +33,6 @@ __device__ __forceinline__ void softmax_scale(const Logit* logits, int classes, 
   inverse_sum = quotient(T(1), sum);
 }
 
-// The probabilities of one sample; NaN if its label is out of range. `out` may be the logits themselves.
-template <typename Logit, typename T>
-__device__ __forceinline__ void probabilities_of(const Logit* logits, int classes, bool valid, T* out) {
-  const T sum = exponentials(logits, classes, largest_of(logits, classes), out);
-  const T inverse = valid ? quotient(T(1), sum) : static_cast<T>(NAN);
-  for (int c = 0; c < classes; ++c) out[c] *= inverse;
-}
-
 // The joints of some heads, each [classes, stride].
 template <typename Entry>
 struct Joints {
@@ -69,7 +61,7 @@ __device__ __forceinline__ void add_to_row(T* row, int classes, int label, const
   for (int begin = 0; begin < classes; begin += warp_size) {  // as often for all lanes, who vote
     const int prediction = begin + lane;
     const bool inside = prediction < classes;
-    T sum = first || !inside ? T(0) : row[prediction];
+    T sum = 0;
     for (int start = 0; start < samples.rows; start += warp_size) {
       const int own = start + lane;
       const bool mine = own < samples.rows && samples.labels[own * samples.label_step] == label;
@@ -78,6 +70,7 @@ __device__ __forceinline__ void add_to_row(T* row, int classes, int label, const
         if (inside) sum += samples.probabilities[sample * samples.step + prediction];
       }
     }
+    if (inside && !first) sum += row[prediction];
     // A comparison that keeps NaN.
     if (count > 0) sum = quotient(sum < joint_floor<T> ? joint_floor<T> : sum, count);
     if (inside) row[prediction] = sum;
@@ -161,7 +154,7 @@ __global__ void __launch_bounds__(information_threads) mutual_information_kernel
       const int64_t label = a.labels[at];
       const bool valid = label >= 0 && label < a.classes;
       chunk_labels[row] = valid ? static_cast<int>(label) : 0;
-      probabilities_of(a.logits + at * a.classes, a.classes, valid, probabilities + row * a.classes);
+      softmax_row(a.logits + at * a.classes, a.classes, label, T(1), T(0), probabilities + row * a.classes);
     }
     __syncthreads();
     const T count = begin + rows == a.n ? static_cast<T>(a.n) : T(0);

@@ -32,6 +32,10 @@ inline int checked_size(const char* name, int64_t size) {
   return static_cast<int>(size);
 }
 
+inline void check_information_classes(int64_t classes) {
+  check_value(classes <= 4096, "mutual information of at most 4096 classes, got ", classes);
+}
+
 // The device --------------------------------------------------------------------------------------------------------
 
 // Makes the tensors' device the current one while it lives; `stream` is the one PyTorch works on there.

@@ -36,6 +36,7 @@ OPERATORS = (
     "gated_adam_step_",
     "mutual_information",
     "mutual_information_backward",
+    "objective",
     "fit_linear_head_",
 )
 

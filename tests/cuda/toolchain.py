@@ -9,7 +9,7 @@ import torch
 
 HERE = Path(__file__).parent
 CSRC = HERE.parents[1] / "csrc"
-KERNELS = ("gate", "gated_adam", "linear_head", "mutual_information")
+KERNELS = ("gate", "gated_adam", "linear_head", "mutual_information", "objective")
 FLAGS = ("-std=c++17", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror")
 FLAGS += ("-Wno-unknown-pragmas", "-Wno-unused-function")
 
