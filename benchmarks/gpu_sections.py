@@ -52,7 +52,7 @@ WHOLE: dict[str, tuple[str, float, int]] = {  # precision, gamma of the adaptive
     "multi-color-mnist": ("fp32", 1.0, 6000),
     "biased-mnist": ("bf16", 3.0, 36000),
 }
-SANITIZED = "1029 or heads or mutual_information"  # the sanitizers slow a kernel down many times
+SANITIZED = "1029 or heads or mutual_information or objective"  # the sanitizers slow a kernel down many times
 
 
 def device_of(dry: bool) -> torch.device:
@@ -259,6 +259,7 @@ def operators_of(count: int, device: torch.device) -> list[Operator]:
     one, draw = torch.ones((), device=device), philox.make_draw(1, device=device)
     logits, labels = normal(100, 2, 10), torch.randint(10, (100, 2), device=device)
     _, joint = ops.DEFAULTS["mutual_information"](logits, labels)
+    batch = (normal(100, 10), torch.randint(10, (100,), device=device), logits, labels)
     state = (weight.clone(), scores.clone(), torch.zeros_like(scores), torch.zeros_like(scores))
     adam = (*state, torch.zeros((), dtype=torch.float64, device=device), weight, grad, one, one, one, 1e-3 * one)
     settings = (draw, draw, *BETAS, EPS, WEIGHT_DECAY)
@@ -276,6 +277,7 @@ def operators_of(count: int, device: torch.device) -> list[Operator]:
     backward = (torch.ones(2, device=device), logits, labels, joint)
     return [
         *gates,
+        Operator("objective", (*batch, None, None, 0.7, 5.0, 0.5), 8 * (batch[0].numel() + logits.numel())),
         Operator("mutual_information", (logits, labels), 4 * logits.numel()),
         Operator("mutual_information_backward", backward, 8 * logits.numel()),
         _head(device),
@@ -326,7 +328,8 @@ def operators(dry: bool) -> Rows:
     for operator in operators_of(5000 if dry else 11_000_000, device):
         row = {"operator": str(operator), "kernel": served[operator.name], "floor": operator.bytes / rate}
         sides = {"ours": getattr(torch.ops.ffw_fast, operator.name)}
-        if not dry and served[operator.name] == "cuda" and triton_backend.why_not() is None:
+        by_triton = operator.name in triton_backend.KERNELS and triton_backend.why_not() is None
+        if not dry and served[operator.name] == "cuda" and by_triton:
             sides["triton"] = partial(triton_backend.run, operator.name)
         for side, call in sides.items():
             row |= _checked_time(side, call, operator, dry)

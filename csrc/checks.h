@@ -238,7 +238,8 @@ inline void check_information(const Tensor& logits, const Tensor& labels) {
               shape_text(logits));
 }
 
-// Of objective, but for the range of labels: logits [n, C], labels [n], head logits [n, heads, K], bias labels [n, heads].
+// Of objective, but for the range of labels: logits [n, C], labels [n], head logits [n, heads, K], bias labels
+// [n, heads].
 inline void check_objective(const Tensor& logits, const Tensor& labels, const Tensor& head_logits,
                             const Tensor& bias_labels, const std::optional<Tensor>& importance,
                             const std::optional<Tensor>& aligned) {

@@ -189,6 +189,21 @@ void for_kind(Kind kind, const Run& run) {
 
 // Sums --------------------------------------------------------------------------------------------------------------
 
+// The sum of term(i) over 0 .. count, by one thread. Sums of parts lose less by rounding than one long sum.
+template <typename T, typename Term>
+__device__ __forceinline__ T sum_in_parts(int count, const Term& term) {
+  constexpr int part = 8;
+  T sum = 0;
+  for (int begin = 0; begin < count; begin += part) {
+    const int end = count - begin < part ? count : begin + part;
+    T part_sum = 0;
+#pragma unroll 2
+    for (int i = begin; i < end; ++i) part_sum += term(i);
+    sum += part_sum;
+  }
+  return sum;
+}
+
 // The sum over the lanes of a warp, in every lane.
 template <typename T>
 __device__ __forceinline__ T warp_sum(T x) {
@@ -236,16 +251,7 @@ __device__ __forceinline__ Working<Logit> largest_of(const Logit* logits, int cl
 // The exponentials of a row of logits relative to its largest, and their sum; `out` may be the row itself.
 template <typename Logit, typename T>
 __device__ __forceinline__ T exponentials(const Logit* logits, int classes, T largest, T* out) {
-  constexpr int part = 16;  // a long sum of parts is more precise
-  T sum = 0;
-  for (int begin = 0; begin < classes; begin += part) {
-    const int end = classes - begin < part ? classes : begin + part;
-    T part_sum = 0;
-#pragma unroll 2
-    for (int c = begin; c < end; ++c) part_sum += out[c] = decay(widen(logits[c]) - largest);
-    sum += part_sum;
-  }
-  return sum;
+  return sum_in_parts<T>(classes, [&](int c) { return out[c] = decay(widen(logits[c]) - largest); });
 }
 
 // softmax(logits) * scale - (hit, of the label), which is a sample's probabilities or, if hit = scale, its errors;

@@ -92,8 +92,8 @@ __device__ __forceinline__ void marginals(const Joints<Entry>& joints, T* sums) 
   }
 }
 
-// terms [heads, 2, classes], of each row: the sum over its columns of joint / row sum, without clamped entries; likewise
-// of each column.
+// terms [heads, 2, classes], of each row: the sum over its columns of joint / row sum, without clamped entries; of each
+// column likewise.
 template <typename Entry, typename T>
 __device__ __forceinline__ void clamp_terms(const Joints<Entry>& joints, const T* sums, T* terms) {
   const int classes = joints.classes;
@@ -118,7 +118,7 @@ __device__ __forceinline__ T log_ratio(T entry, T row_sum, T column_sum) {
   return logarithm(quotient(entry, larger(row_sum * column_sum, joint_floor<T>)));
 }
 
-// Derivative of the MI by an entry of a joint of `count` samples, times `scale`: zero where the entry's own clamp holds.
+// Derivative of the MI by an entry of a joint of `count` samples, times `scale`; zero where the entry's own clamp holds.
 template <typename T>
 __device__ __forceinline__ T entry_slope(T entry, T ratio, T row_term, T column_term, T count, T scale) {
   const bool clamped = entry * count < joint_floor<T> * T(1.0001);  // up to the rounding of / n and * n
@@ -129,8 +129,7 @@ __device__ __forceinline__ T entry_slope(T entry, T ratio, T row_term, T column_
 template <typename T, typename Probability, typename Slope, typename Save>
 __device__ __forceinline__ void softmax_gradient(int classes, const Probability& probability, const Slope& slope,
                                                  const Save& save) {
-  T inner = 0;
-  for (int c = 0; c < classes; ++c) inner += probability(c) * slope(c);
+  const T inner = sum_in_parts<T>(classes, [&](int c) { return probability(c) * slope(c); });
   for (int c = 0; c < classes; ++c) save(c, probability(c) * (slope(c) - inner));
 }
 
@@ -198,7 +197,8 @@ __global__ void __launch_bounds__(information_threads)
   FFW_SHARED(T, sums);                   // [2, classes]
   T* const terms = sums + 2 * a.classes;  // [2, classes]
   const int head = static_cast<int>(blockIdx.x % a.heads);
-  const Joints<const T> joints = {a.joint + static_cast<int64_t>(head) * a.classes * a.classes, 1, a.classes, a.classes};
+  const int64_t entries = static_cast<int64_t>(a.classes) * a.classes;
+  const Joints<const T> joints = {a.joint + head * entries, 1, a.classes, a.classes};
   marginals(joints, sums);
   __syncthreads();
   clamp_terms(joints, sums, terms);

@@ -352,8 +352,7 @@ bool joints_fit(const ObjectiveArguments<Logit>& a) {
   return objective_bytes(a, a.n < joint_chunk ? a.n : joint_chunk, true) <= largest_shared_memory();
 }
 
-// A warp for every row of the joints, a thread for every row of logits, few logits for a thread to stage: as far as that
-// goes.
+// A warp for every row of the joints, a thread for every row of logits, few logits for a thread to stage.
 template <typename Logit>
 unsigned objective_threads(const ObjectiveArguments<Logit>& a) {
   constexpr int64_t most = largest_objective_threads<Working<Logit>>;

@@ -1,21 +1,22 @@
 // Runs the CUDA kernels' own sources under emulation.h against plain double-precision loops that stand here, without
 // PyTorch: for sanitizers and for mutated sources, where a build must take seconds.
 //
-//   driver {gate|adam|head|information|grid|all} ORDER [tiny]
+//   driver {gate|adam|head|information|objective|grid|all} ORDER [tiny]
 //
 // Ends with 0 if all numbers are right, 1 and a line that says which are not, 3 if the emulation stopped. Outputs are
 // NaN before every launch, nothing may be written behind an array's end, and some begin off 16-byte boundaries.
-// With FFW_DRIVER_ONLY_{GATE,ADAM,HEAD,INFORMATION} only that part is compiled, in float32 alone (with
+// With FFW_DRIVER_ONLY_{GATE,ADAM,HEAD,INFORMATION,OBJECTIVE} only that part is compiled, in float32 alone (with
 // FFW_DRIVER_16_BIT: Adam beside float16 weights).
 #include <limits>
 #include <string>
 
 #if defined(FFW_DRIVER_ONLY_GATE) || defined(FFW_DRIVER_ONLY_ADAM) || defined(FFW_DRIVER_ONLY_HEAD) || \
-    defined(FFW_DRIVER_ONLY_INFORMATION)
+    defined(FFW_DRIVER_ONLY_INFORMATION) || defined(FFW_DRIVER_ONLY_OBJECTIVE)
 #include "gate.cuh"
 #include "gated_adam.cuh"
 #include "linear_head.cuh"
 #include "mutual_information.cuh"
+#include "objective.cuh"
 #define FFW_DRIVER_ONLY 1
 template void ffw::cuda::launch_add_movement(double*, const float*, int64_t, cudaStream_t);
 #else
@@ -337,6 +338,75 @@ void test_heads() {
 
 // Mutual information --------------------------------------------------------------------------------------------------
 
+std::vector<double> softmax(const std::vector<double>& logits) {
+  std::vector<double> p(logits);
+  double sum = 0;
+  for (double& x : p) sum += x = std::exp(x);
+  for (double& x : p) x /= sum;
+  return p;
+}
+
+// The MI of one head's samples, in nats, from their labels and probabilities [n, classes]; a label below 0 does not
+// count. `grad`: derivatives of it by the logits.
+struct ReferenceInformation {
+  std::vector<double> joint, grad;
+  double information = 0;
+
+  ReferenceInformation(const std::vector<double>& p, const std::vector<int64_t>& labels, int classes)
+      : joint(classes * classes), grad(p.size()) {
+    double count = 0;
+    for (size_t i = 0; i < labels.size(); ++i) {
+      if (labels[i] < 0) continue;
+      count += 1;
+      for (int c = 0; c < classes; ++c) joint[labels[i] * classes + c] += p[i * classes + c];
+    }
+    if (count == 0) return;
+    std::vector<double> rows(classes), columns(classes), slope(joint.size());
+    for (double& entry : joint) entry = std::max(entry, 1e-15) / count;
+    for (size_t e = 0; e < joint.size(); ++e) rows[e / classes] += joint[e], columns[e % classes] += joint[e];
+    for (size_t e = 0; e < joint.size(); ++e) {
+      const double independent = rows[e / classes] * columns[e % classes];
+      const double ratio = std::log(joint[e] / std::max(independent, 1e-15));
+      information += joint[e] * ratio;
+      slope[e] = ratio + 1;
+      for (int k = 0; k < classes; ++k) {
+        const size_t in_row = e / classes * classes + k, in_column = k * classes + e % classes;
+        if (rows[e / classes] * columns[k] >= 1e-15) slope[e] -= joint[in_row] / rows[e / classes];
+        if (rows[k] * columns[e % classes] >= 1e-15) slope[e] -= joint[in_column] / columns[e % classes];
+      }
+    }
+    for (size_t i = 0; i < labels.size(); ++i) {
+      if (labels[i] < 0) continue;
+      const double* s = slope.data() + labels[i] * classes;
+      double inner = 0;
+      for (int c = 0; c < classes; ++c) inner += p[i * classes + c] * s[c];
+      for (int c = 0; c < classes; ++c) grad[i * classes + c] = p[i * classes + c] * (s[c] - inner) / count;
+    }
+  }
+};
+
+// Of one head, from logits [n, heads, classes].
+template <typename Logit>
+std::vector<double> probabilities(const Array<Logit>& logits, int64_t n, int heads, int head, int classes) {
+  std::vector<double> all;
+  for (int64_t i = 0; i < n; ++i) {
+    std::vector<double> row;
+    for (int c = 0; c < classes; ++c) row.push_back(logits.at((i * heads + head) * classes + c));
+    row = softmax(row);
+    all.insert(all.end(), row.begin(), row.end());
+  }
+  return all;
+}
+
+std::vector<int64_t> random_labels(int64_t count, int classes) {  // one label unseen
+  std::vector<int64_t> labels(count);
+  for (int64_t& label : labels) label = random_source() % (classes > 2 ? classes - 1 : classes);
+  return labels;
+}
+
+template <typename T>
+constexpr double information_tolerance = sizeof(T) == 8 ? 1e-10 : 1e-5;
+
 template <typename Logit>
 void test_information(int64_t n, int heads, int classes) {
   using T = Working<Logit>;
@@ -344,47 +414,26 @@ void test_information(int64_t n, int heads, int classes) {
   Array<Logit> logits(n * heads * classes), logits_grad(n * heads * classes);
   Array<T> information(heads), joint(heads * entries), grad(heads);
   fill(logits, n * heads * classes, 3), fill(grad, heads, 1);
-  std::vector<int64_t> labels(n * heads);
-  for (int64_t& label : labels) label = random_source() % (classes > 2 ? classes - 1 : classes);  // one label unseen
+  const std::vector<int64_t> labels = random_labels(n * heads, classes);
   const T inverse_log = static_cast<T>(1 / std::log(static_cast<double>(classes)));
   launch_mutual_information<Logit>({information, joint, logits, labels.data(), n, heads, classes, 0, inverse_log},
                                    nullptr);
   launch_mutual_information_backward<Logit>(
       {logits_grad, grad, logits, labels.data(), joint, n, heads, classes, inverse_log}, nullptr);
 
-  const double tolerance = sizeof(T) == 8 ? 1e-10 : 1e-5;
+  const double tolerance = information_tolerance<T>;
   for (int h = 0; h < heads; ++h) {
-    std::vector<double> p(n * classes), q(entries), rows(classes), columns(classes), slope(entries);
-    for (int64_t i = 0; i < n; ++i) {
-      double sum = 0;
-      for (int c = 0; c < classes; ++c) sum += p[i * classes + c] = std::exp(logits.at((i * heads + h) * classes + c));
-      for (int c = 0; c < classes; ++c) {
-        q[labels[i * heads + h] * classes + c] += p[i * classes + c] /= sum;
-      }
-    }
-    for (double& entry : q) entry = std::max(entry, 1e-15) / static_cast<double>(n);
-    for (int64_t e = 0; e < entries; ++e) rows[e / classes] += q[e], columns[e % classes] += q[e];
-    double total = 0;
+    std::vector<int64_t> own;
+    for (int64_t i = 0; i < n; ++i) own.push_back(labels[i * heads + h]);
+    const ReferenceInformation r(probabilities(logits, n, heads, h, classes), own, classes);
     for (int64_t e = 0; e < entries; ++e) {
-      check("joint", h * entries + e, joint.at(h * entries + e), q[e], tolerance);
-      const double independent = rows[e / classes] * columns[e % classes];
-      total += q[e] * std::log(q[e] / std::max(independent, 1e-15));
-      slope[e] = std::log(q[e] / std::max(independent, 1e-15)) + 1;
-      for (int k = 0; k < classes; ++k) {
-        const int64_t in_row = e / classes * classes + k, in_column = k * classes + e % classes;
-        if (rows[e / classes] * columns[k] >= 1e-15) slope[e] -= q[in_row] / rows[e / classes];
-        if (rows[k] * columns[e % classes] >= 1e-15) slope[e] -= q[in_column] / columns[e % classes];
-      }
+      check("joint", h * entries + e, joint.at(h * entries + e), r.joint[e], tolerance);
     }
-    check("information", h, information.at(h), total * inverse_log, tolerance);
+    check("information", h, information.at(h), r.information * inverse_log, tolerance);
     for (int64_t i = 0; i < n; ++i) {
-      const double* s = slope.data() + labels[i * heads + h] * classes;
-      const double scale = grad.at(h) * inverse_log / static_cast<double>(n);
-      double inner = 0;
-      for (int c = 0; c < classes; ++c) inner += p[i * classes + c] * s[c];
       for (int c = 0; c < classes; ++c) {
         const int64_t at = (i * heads + h) * classes + c;
-        check("logits_grad", at, n * logits_grad.at(at), n * p[i * classes + c] * (s[c] - inner) * scale,
+        check("logits_grad", at, n * logits_grad.at(at), n * grad.at(h) * inverse_log * r.grad[i * classes + c],
               std::max(tolerance, tolerance_of<Logit>));
       }
     }
@@ -398,6 +447,83 @@ void test_informations() {
   test_information<Logit>(100, 2, 10);
   test_information<Logit>(517, 1, 3);   // three chunks, three blocks of the backward
   test_information<Logit>(70, 1, 300);  // a chunk is what fits
+}
+
+// Objective -----------------------------------------------------------------------------------------------------------
+
+struct ObjectiveShape {
+  int64_t n;
+  int targets, heads, classes;
+  bool tables;
+  int64_t chunk;  // how many samples there is room for, and none for the joints; 0: as much as on an A100
+};
+
+template <typename Logit>
+void test_objective(const ObjectiveShape& shape) {
+  using T = Working<Logit>;
+  const int64_t n = shape.n;
+  const int C = shape.targets, H = shape.heads, K = shape.classes;
+  const double alpha = 0.7, gamma = 5, share = 0.5, inverse_log = 1 / std::log(static_cast<double>(K));
+  Array<Logit> logits(n * C), by_logits(n * C), head_logits(n * H * K), by_head_logits(n * H * K);
+  Array<T> losses(3), importance(H * C * K), joints(joint_entries(H, K));
+  fill(logits, n * C, 3), fill(head_logits, n * H * K, 3), fill(importance, H * C * K, 2);
+  const std::vector<int64_t> labels = random_labels(n, C), bias_labels = random_labels(n * H, K);
+  std::vector<int64_t> aligned = random_labels(C, K);
+  if (K == 2) std::fill(aligned.begin(), aligned.end(), bias_labels[H - 1]);  // with few samples, no other of a head
+
+  ObjectiveArguments<Logit> a = {};
+  a.losses = losses, a.by_logits = by_logits, a.by_head_logits = by_head_logits;
+  a.logits = logits, a.labels = labels.data(), a.head_logits = head_logits, a.bias_labels = bias_labels.data();
+  if (shape.tables) a.importance = importance, a.aligned = aligned.data();
+  a.n = n, a.targets = C, a.heads = H, a.classes = K;
+  a.alpha = T(alpha), a.gamma = T(gamma);
+  a.information_scale = T(share * inverse_log), a.slope_scale = T(gamma * share * inverse_log);
+  if (shape.chunk > 0) emulation::shared_limit = objective_bytes(a, shape.chunk, false);
+  if (!joints_fit(a)) a.joints = joints;
+  launch_objective(a, nullptr);
+  emulation::shared_limit = 163 * 1024;
+
+  const double tolerance = std::max(information_tolerance<T>, tolerance_of<Logit>);
+  const std::vector<double> p = probabilities(logits, n, 1, 0, C);
+  double cross_entropy = 0, information = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    double weight = 1;
+    for (int h = 0; h < H && shape.tables; ++h) {
+      weight *= importance.at((h * C + labels[i]) * K + bias_labels[i * H + h]);
+    }
+    cross_entropy -= weight * std::log(p[i * C + labels[i]]) / static_cast<double>(n);
+    for (int c = 0; c < C; ++c) {
+      const double error = alpha * weight * (p[i * C + c] - (c == labels[i]));
+      check("by_logits", i * C + c, n * by_logits.at(i * C + c), error, tolerance);
+    }
+  }
+  for (int h = 0; h < H; ++h) {
+    std::vector<int64_t> own;
+    for (int64_t i = 0; i < n; ++i) {
+      const int64_t label = bias_labels[i * H + h];
+      own.push_back(shape.tables && aligned[labels[i]] == label ? -1 : label);
+    }
+    const ReferenceInformation r(probabilities(head_logits, n, H, h, K), own, K);
+    information += share * r.information * inverse_log;
+    for (int64_t i = 0; i < n * K; ++i) {
+      const int64_t at = (i / K * H + h) * K + i % K;
+      check("by_head_logits", at, n * by_head_logits.at(at), n * gamma * share * inverse_log * r.grad[i], tolerance);
+    }
+  }
+  check("losses", 0, losses.at(0), alpha * cross_entropy + gamma * information, 5 * information_tolerance<T>);
+  check("losses", 1, losses.at(1), cross_entropy, information_tolerance<T>);
+  check("losses", 2, losses.at(2), information, information_tolerance<T>);
+}
+
+template <typename Logit>
+void test_objectives() {
+  test_objective<Logit>({5, 3, 1, 2, true, 0});
+  test_objective<Logit>({9, 3, 2, 3, false, 4});
+  if (tiny) return;
+  test_objective<Logit>({100, 10, 2, 10, false, 0});
+  test_objective<Logit>({100, 10, 2, 10, true, 0});
+  test_objective<Logit>({517, 4, 3, 3, true, 0});  // two chunks, joints in shared memory
+  test_objective<Logit>({40, 33, 1, 70, true, 16});
 }
 
 }  // namespace
@@ -426,6 +552,9 @@ int main(int count, char** words) {
 #if !FFW_DRIVER_ONLY || defined(FFW_DRIVER_ONLY_INFORMATION)
   if (wanted("information")) test_informations<float>();
 #endif
+#if !FFW_DRIVER_ONLY || defined(FFW_DRIVER_ONLY_OBJECTIVE)
+  if (wanted("objective")) test_objectives<float>();
+#endif
 #if !FFW_DRIVER_ONLY
   if (!tiny && wanted("gate")) {
     test_gate<__half, float>(counts()), test_gate<__nv_bfloat16, float>(counts()), test_gate<double, double>(counts());
@@ -435,6 +564,7 @@ int main(int count, char** words) {
   }
   if (wanted("head")) test_heads<double>();
   if (wanted("information")) test_informations<__half>(), test_informations<double>();
+  if (wanted("objective")) test_objectives<__half>(), test_objectives<double>();
 #endif
   std::puts("right");
   return 0;

@@ -9,7 +9,11 @@ import pytest
 from tests.cuda import toolchain
 
 ORDERS = (0, 1, 2)  # of the threads: forward, backward, shuffled
-PARTS = {"linear_head.cuh": "HEAD", "mutual_information.cuh": "INFORMATION"}  # of the driver, for files with barriers
+PARTS = {  # of the driver, for files with barriers
+    "linear_head.cuh": "HEAD",
+    "mutual_information.cuh": "INFORMATION",
+    "objective.cuh": "OBJECTIVE",
+}
 BARRIER = "__syncthreads();"
 BARRIERS = [  # file and number in it
     (path.name, number)
@@ -107,7 +111,7 @@ def without_barrier(number):
 
 
 def test_all_barriers_are_known():
-    assert len(BARRIERS) == 12
+    assert len(BARRIERS) == 20
 
 
 @pytest.mark.slow
@@ -168,8 +172,33 @@ FAULTS = {  # file, what is replaced by what, the driver's part, and what more t
     ),
     "swapped marginals": (
         "mutual_information.cuh",
-        ("sums[entry / a.classes] * sums", "sums[entry % a.classes] * sums"),
+        ("sums[entry / a.classes], sums", "sums[entry % a.classes], sums"),
         "INFORMATION",
+    ),
+    "a joint forgets all chunks but the last": (
+        "mutual_information.cuh",
+        ("if (inside && !first) sum += row[prediction];", ""),
+        "OBJECTIVE",
+    ),
+    "samples count that do not": (
+        "objective.cuh",
+        ("if (a.aligned[target] == label) return", "if (false) return"),
+        "OBJECTIVE",
+    ),
+    "a head reads another's probabilities": (
+        "objective.cuh",
+        ("memory.head_rows + head * stride, chunk", "memory.head_rows, chunk"),
+        "OBJECTIVE",
+    ),
+    "the gradients of a chunk that is not there any more": (
+        "objective.cuh",
+        ("if (!is_there) {", "if (false) {"),
+        "OBJECTIVE",
+    ),
+    "too little shared memory for the heads' labels": (
+        "objective.cuh",
+        ("sizeof(int) * (chunk + 1) * heads", "sizeof(int) * chunk * heads"),
+        *("OBJECTIVE", "-fsanitize=address"),
     ),
 }
 

@@ -8,7 +8,18 @@ import torch
 from ffw_fast import philox
 from ffw_fast.backend import backend_info
 from ffw_fast.gates import GateKind
-from tests.cuda.test_operators import ADAM, adam_state, assert_no_worse, fit_arguments, random, settings
+from tests.cuda.test_operators import (
+    ADAM,
+    FACTORS,
+    MINIBATCHES,
+    adam_state,
+    assert_no_worse,
+    assert_objective,
+    fit_arguments,
+    random,
+    settings,
+)
+from tests.test_ops import objective_inputs
 
 pytestmark = [
     pytest.mark.gpu,
@@ -109,6 +120,37 @@ def test_mutual_information(defaults, dtype):
     got = torch.ops.ffw_fast.mutual_information_backward(grad, logits.cuda(), labels.cuda(), joint).cpu()
     exact = defaults.mutual_information_backward(grad.cpu().double(), logits.double(), labels, expected_joint)
     torch.testing.assert_close(got.double(), exact, rtol=2e-2, atol=1e-7)
+
+
+def objective_on_gpu(*arguments):
+    """The results of a call, and of one that a graph replays: the same bits."""
+    gpu = on_gpu(arguments)
+    results = torch.ops.ffw_fast.objective(*gpu)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = torch.ops.ffw_fast.objective(*gpu)
+    for result in captured:
+        result.fill_(math.nan)
+    graph.replay()
+    assert all(torch.equal(a, b) for a, b in zip(results, captured, strict=True))
+    return [result.cpu() for result in captured]
+
+
+@pytest.mark.parametrize("tables", [False, True])
+@pytest.mark.parametrize("dtype", [*WEIGHTS, torch.float64])
+@pytest.mark.parametrize("name", [*MINIBATCHES, "more than one block's memory"])
+def test_objective(defaults, name, dtype, tables):
+    sizes = MINIBATCHES.get(name, (3001, 300, 1, 300, None))[:-1]
+    assert_objective(objective_on_gpu, defaults.objective, objective_inputs(*sizes, dtype, tables))
+
+
+def test_objective_of_no_samples_and_of_wrong_labels():
+    inputs = objective_inputs(40, 3, 1, 3, spread=300.0, tables=True)
+    inputs[3] = inputs[5][inputs[1]].unsqueeze(1)  # all biases aligned
+    losses, _, by_head_logits = torch.ops.ffw_fast.objective(*on_gpu(inputs), *FACTORS)
+    assert losses[1].isfinite() and losses[2] == 0 and not by_head_logits.any()
+    inputs[1][3] = 1 << 40
+    assert torch.ops.ffw_fast.objective(*on_gpu(inputs), *FACTORS)[0].isnan().all()
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")

@@ -7,7 +7,7 @@ import torch
 
 from ffw_fast import philox
 from ffw_fast.gates import GateKind
-from tests.test_ops import adam_inputs
+from tests.test_ops import adam_inputs, as_doubles, objective_inputs
 
 KINDS = list(GateKind)
 ORDERS = (0, 1, 2)  # of the threads: forward, backward, shuffled
@@ -349,3 +349,87 @@ def test_mutual_information_of_any_layout(emulated, defaults):
 def test_a_label_out_of_range_makes_the_information_nan(emulated):
     information, _joint = emulated.mutual_information(random(6, 2, 3), torch.tensor([[0, 1]] * 5 + [[3, 1]]))
     assert information.isnan().tolist() == [True, False]
+
+
+# Objective -----------------------------------------------------------------------------------------------------------
+
+FACTORS = (0.7, 5.0, 0.5)  # alpha, gamma, share
+MINIBATCHES = {  # n, targets, heads, classes, and how many KB of shared memory there are
+    "one sample": (1, 2, 1, 2, 163),
+    "three heads": (37, 4, 3, 2, 163),
+    "Multi-Color MNIST": (100, 10, 2, 10, 163),
+    "many classes": (100, 64, 2, 64, 163),
+    "chunks": (1100, 30, 1, 3, 163),
+    "joints in global memory": (60, 5, 2, 47, 12),
+}
+
+
+def assert_objective(kernel, default, inputs):
+    """Results of a kernel, which ``inputs`` are for, against the default kernel and float64."""
+    results, theirs = kernel(*inputs, *FACTORS), default(*inputs, *FACTORS)
+    for got, torchs, exact in zip(results, theirs, default(*as_doubles(inputs), *FACTORS), strict=True):
+        assert (got.dtype, got.shape, got.stride()) == (torchs.dtype, torchs.shape, torchs.stride())
+        assert_no_worse(got.cpu(), torchs, exact)
+    return results
+
+
+@pytest.mark.parametrize("tables", [False, True])
+@pytest.mark.parametrize("dtype", [*WEIGHTS, torch.float64])
+@pytest.mark.parametrize("name", MINIBATCHES)
+def test_objective(emulated, defaults, name, dtype, tables):
+    *sizes, kilobytes = MINIBATCHES[name]
+    emulated.set(shared_memory=kilobytes * 1024)
+    assert_objective(emulated.objective, defaults.objective, objective_inputs(*sizes, dtype, tables))
+
+
+def test_objective_does_not_depend_on_the_order_of_threads(emulated):
+    inputs = objective_inputs(600, 10, 2, 10, tables=True)
+    results = []
+    for order in ORDERS:
+        emulated.set(order=order)
+        results.append(emulated.objective(*inputs, *FACTORS))
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_objective_of_any_layout(emulated, defaults):
+    logits, labels, head_logits, bias_labels, importance, aligned = objective_inputs(40, 5, 2, 4, tables=True)
+    strided = (
+        logits.T.contiguous().T,
+        labels.repeat_interleave(2)[::2],
+        head_logits.transpose(0, 1).contiguous().transpose(0, 1),
+        bias_labels.T.contiguous().T,
+        importance.double().transpose(0, 2).contiguous().transpose(0, 2),
+        aligned.repeat_interleave(2)[::2],
+    )
+    assert_objective(emulated.objective, defaults.objective, strided)
+
+
+def test_objective_of_certain_and_of_no_samples(emulated):
+    inputs = objective_inputs(40, 3, 1, 3, spread=300.0, tables=True)
+    losses, by_logits, _ = emulated.objective(*inputs, 1.0, 1.0, 1.0)
+    assert losses.isfinite().all() and losses[1] > 10 and by_logits.isfinite().all()
+    inputs[3] = inputs[5][inputs[1]].unsqueeze(1)  # all biases aligned
+    losses, _, by_head_logits = emulated.objective(*inputs, 1.0, 1.0, 1.0)
+    assert losses[2] == 0 and not by_head_logits.any()
+
+
+@pytest.mark.parametrize("tables", [False, True])
+def test_a_label_out_of_range_makes_the_losses_nan(emulated, tables):
+    inputs = objective_inputs(20, 3, 2, 4, tables=tables)
+    for index, label in ((1, 3), (1, -1), (3, 4), (3, -1), (3, 1 << 40)):
+        wrong = [value if value is None else value.clone() for value in inputs]
+        wrong[index].view(-1)[7] = label
+        losses, by_logits, by_head_logits = emulated.objective(*wrong, *FACTORS)
+        of_task = index == 1
+        assert losses[0].isnan() and losses[1 if of_task else 2].isnan()
+        assert (by_logits[7] if of_task else by_head_logits[3, 1]).isnan().all()
+        assert tables or not losses[2 if of_task else 1].isnan()
+
+
+def test_objective_refuses_what_does_not_fit(emulated):
+    emulated.set(shared_memory=4096)
+    with pytest.raises(ValueError, match="objective of 3000 classes and 1 heads of 3 does not fit the shared memory"):
+        emulated.objective(*objective_inputs(2, 3000, 1, 3), *FACTORS)
+    with pytest.raises(ValueError, match=r"expected logits \(n, C\) and labels \(n,\)"):
+        emulated.objective(torch.zeros(2, 3), *objective_inputs(3, 3, 1, 3)[1:], *FACTORS)
