@@ -207,8 +207,8 @@ def _names(mangled: str) -> tuple[str, str]:
 
 
 def _subroutines(code: str) -> int:
-    """Bodies that end in a return, as of divisions. Not counted: the body of a shuffle or of a vote, which stands beside
-    its inline form for warps that have diverged (none of these, and no barrier, is reached by a part of a warp alone)."""
+    """Bodies that end in a return, as of divisions. Not counted: the body of a shuffle or of a vote, which stands
+    beside its inline form for warps that have diverged (no barrier, shuffle or vote is reached by a part of a warp)."""
     instructions = re.findall(r"^\s*/\*[0-9a-f]{4,}\*/\s+(.*?);", code, re.MULTILINE)
     returns = [i for i, text in enumerate(instructions) if re.search(r"\bRET\b", text)]
     return sum(not re.search("SHFL|VOTE", " ".join(instructions[max(0, i - 4) : i])) for i in returns)

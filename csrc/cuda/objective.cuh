@@ -323,8 +323,8 @@ __global__ void __launch_bounds__(largest_objective_threads<Working<Logit>>)
     if (begin + chunk.rows == a.n) break;
   }
 
-  marginals(memory.joints, memory.sums);
   keep_warp_sum(cross_entropy, memory.errors_of_warps);
+  marginals(memory.joints, memory.sums);
   __syncthreads();
   clamp_terms(memory.joints, memory.sums, memory.terms);
   __syncthreads();
@@ -334,10 +334,8 @@ __global__ void __launch_bounds__(largest_objective_threads<Working<Logit>>)
 
   for (bool is_there = true; begin >= 0; begin -= a.chunk, is_there = false) {
     const Chunk<Logit, T> chunk(a, memory, begin);
-    if (!is_there) {
-      __syncthreads();
-      prepare(chunk, false);  // as gradients(), a thread to a row
-    }
+    // No barriers here: a thread stages the numbers that it saved before, and has the same rows as in gradients().
+    if (!is_there) prepare(chunk, false);
     gradients(chunk);
     __syncthreads();
     save(chunk.of_heads(a.by_head_logits));
