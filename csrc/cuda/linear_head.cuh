@@ -71,6 +71,7 @@ struct HeadArguments {
   int chunk;      // samples
   bool whole;     // rows of features and weights are whole packs that begin at multiples of 16 bytes
   int log_lanes;  // so many threads copy one row, as a power of 2
+  int logits_slices, update_slices;  // so many lanes share a sum
 };
 
 // Shared memory of one head ------------------------------------------------------------------------------------------
@@ -90,7 +91,7 @@ __host__ __device__ inline int row_stride(int width) {
 
 template <typename T>
 __host__ __device__ inline int buffer_stride(int width) {
-  return ((width + pack_size<T> - 1) / pack_size<T> | 1) * pack_size<T>;
+  return (((width + pack_size<T> - 1) / pack_size<T> + 1) / 4 * 4 + 2) * pack_size<T>;
 }
 
 __host__ __device__ inline int tiles_of_classes(int classes) { return (classes + sum_classes - 1) / sum_classes; }
@@ -164,26 +165,28 @@ __device__ __forceinline__ HeadMemory<T> head_memory(const HeadArguments<T>& a, 
   return memory;
 }
 
-// Rows to shared memory, row number r from from(r), by 2^log_lanes threads beside one another each.
+// Rows to shared memory, row number r from from(r), by 2^log_lanes threads beside one another each. `thread`: of the
+// `threads` that take part.
 template <int n, typename T, typename From>
-__device__ __forceinline__ void copy_rows_by(T* to, int stride, int rows, int width, int log_lanes, const From& from) {
-  const int lanes = 1 << log_lanes, thread = threadIdx.x, threads = blockDim.x;
+__device__ __forceinline__ void copy_rows_by(T* to, int stride, int rows, int width, int thread, int threads,
+                                             int log_lanes, const From& from) {
+  const int first = (thread & ((1 << log_lanes) - 1)) * n, step = n << log_lanes;
 #pragma unroll 1
   for (int row = thread >> log_lanes; row < rows; row += threads >> log_lanes) {
-    T* const to_row = to + row * stride;
-    const T* const from_row = from(row);
+    T* to_part = to + row * stride + first;
+    const T* from_part = from(row) + first;
 #pragma unroll 2
-    for (int at = (thread & (lanes - 1)) * n; at < width; at += lanes * n) {
-      copy_async<n * sizeof(T)>(to_row + at, from_row + at);
+    for (int at = first; at < width; at += step, to_part += step, from_part += step) {
+      copy_async<n * sizeof(T)>(to_part, from_part);
     }
   }
 }
 
 template <typename T, typename From>
-__device__ __forceinline__ void copy_rows(const HeadArguments<T>& a, T* to, int stride, int rows, int log_lanes,
-                                          const From& from) {
-  a.whole ? copy_rows_by<pack_size<T>>(to, stride, rows, a.width, log_lanes, from)
-          : copy_rows_by<1>(to, stride, rows, a.width, log_lanes, from);
+__device__ __forceinline__ void copy_rows(const HeadArguments<T>& a, T* to, int stride, int rows, int thread,
+                                          int threads, int log_lanes, const From& from) {
+  a.whole ? copy_rows_by<pack_size<T>>(to, stride, rows, a.width, thread, threads, log_lanes, from)
+          : copy_rows_by<1>(to, stride, rows, a.width, thread, threads, log_lanes, from);
 }
 
 template <typename T>
@@ -203,7 +206,8 @@ __device__ __forceinline__ void load_parameters(const HeadArguments<T>& a, const
   const int64_t first_class = static_cast<int64_t>(blockIdx.x) * a.classes;
   const int stride = row_stride<T>(a.width);
   const auto load_rows = [&](T* to, const T* from) {
-    copy_rows(a, to, stride, a.classes, 5, [&](int c) { return from + (first_class + c) * a.width; });
+    copy_rows(a, to, stride, a.classes, threadIdx.x, blockDim.x, 5,
+              [&](int c) { return from + (first_class + c) * a.width; });
   };
   if constexpr (has_weight(placement)) {
     clear_padding(memory.weight, stride, a.classes, a.width);
@@ -307,21 +311,41 @@ struct ChunkWalk {
   }
 };
 
+// The threads that bring what comes next: the upper half of the warps, which have no tile of sums in small heads.
+struct Fetchers {
+  int first, thread, threads;  // thread < 0: none of them
+
+  __device__ __forceinline__ Fetchers() {
+    first = blockDim.x / warp_size / 2 * warp_size;
+    thread = static_cast<int>(threadIdx.x) - first, threads = static_cast<int>(blockDim.x) - first;
+  }
+};
+
+// The numbers of a chunk's samples, by the fetchers.
 __device__ __forceinline__ void fetch_samples(int64_t* to, const int64_t* order, int rows) {
-  for (int row = threadIdx.x; row < rows; row += blockDim.x) copy_async<sizeof(int64_t)>(to + row, order + row);
+  const Fetchers by;
+  for (int row = by.thread; row < rows; row += by.threads) copy_async<sizeof(int64_t)>(to + row, order + row);
 }
 
-// Features and labels of the samples whose numbers are in that buffer. A sample out of range reads the first one's.
+// Features and labels of the samples whose numbers are in that buffer, by the fetchers. A sample out of range reads the
+// first one's.
 template <Placement placement, typename T>
 __device__ __forceinline__ void fetch_rows(const HeadArguments<T>& a, const HeadMemory<T>& memory, int buffer,
                                            int rows) {
+  const Fetchers by;
   const int64_t* const samples = memory.samples + buffer * a.chunk;
   const auto known = [&](int64_t sample) { return static_cast<uint64_t>(sample) < static_cast<uint64_t>(a.samples); };
   const auto offset = [&](int row) {
     const int64_t sample = samples[row];
     return (known(sample) ? sample : 0) * a.width;
   };
-  for (int row = threadIdx.x; row < rows; row += blockDim.x) {
+  if constexpr (has_rows(placement)) {
+    const int stride = buffer_stride<T>(a.width);
+    copy_rows(a, memory.rows + buffer * a.chunk * stride, stride, rows, by.thread, by.threads, a.log_lanes,
+              [&](int row) { return a.features + offset(row); });
+  }
+#pragma unroll 1
+  for (int row = by.thread; row < rows; row += by.threads) {
     int64_t* const label = memory.labels + buffer * a.chunk + row;
     const int64_t sample = samples[row];
     if (known(sample)) {
@@ -330,11 +354,6 @@ __device__ __forceinline__ void fetch_rows(const HeadArguments<T>& a, const Head
       *label = -1;
     }
     if constexpr (!has_rows(placement)) memory.offsets[buffer * a.chunk + row] = offset(row);
-  }
-  if constexpr (has_rows(placement)) {
-    const int stride = buffer_stride<T>(a.width);
-    copy_rows(a, memory.rows + buffer * a.chunk * stride, stride, rows, a.log_lanes,
-              [&](int row) { return a.features + offset(row); });
   }
 }
 
@@ -354,11 +373,28 @@ __device__ __forceinline__ const T* features_of_row(const HeadArguments<T>& a, c
 template <typename T>
 using Sums = T[sum_rows][sum_classes];
 
+// A warp's tile of sums, and a lane's place in it: the slice that it sums over, and the first of the tile's rows that
+// its 8 rows of sums stand for. Register k of a lane stands for row k ^ swap. Where swap is not zero, two lanes that
+// are about to halve their rows hold in the same registers what each keeps, and what each gives.
+template <int slices>
+struct TileLane {
+  static constexpr int rows = sum_rows * warp_size / slices;  // of the tile
+  int slice, first_row;
+
+  __device__ __forceinline__ TileLane() {
+    const int lane = threadIdx.x % warp_size;
+    slice = lane % slices, first_row = lane / slices * sum_rows;
+  }
+  // The row whose sums it holds in the end, and whether it is the one to write them.
+  __device__ __forceinline__ int own_row() const { return first_row + slice % sum_rows; }
+  __device__ __forceinline__ bool writes() const { return slice < sum_rows; }
+};
+
 // Lanes whose numbers differ by `half` give each other the sums of half of their rows.
-template <int half, typename T>
+template <int half, bool swapped, typename T>
 __device__ __forceinline__ void halve_rows(Sums<T>& sums) {
   const unsigned lane = threadIdx.x % warp_size;
-  const bool upper = lane & half;
+  const bool upper = !swapped && lane & half;
 #pragma unroll
   for (int i = 0; i < half; ++i) {
 #pragma unroll
@@ -370,14 +406,15 @@ __device__ __forceinline__ void halve_rows(Sums<T>& sums) {
   }
 }
 
-// Of sums over a slice, held by `slices` lanes beside one another: after it, a lane's first row holds the whole sums of
-// row lane % 8. 35 shuffles for 8 slices, 5 more whenever these are doubled.
-template <int slices, typename T>
+// Of sums over a slice, held by `slices` lanes beside one another: after it, a lane's register 0 holds the whole sums
+// of its own row. 35 shuffles for 8 slices, 5 more whenever these are doubled. `swaps`: the bits of a slice's number
+// that are those of its lane's swap.
+template <int slices, int swaps, typename T>
 __device__ __forceinline__ void add_slices(Sums<T>& sums) {
   static_assert(sum_rows == 8, "halved three times");
-  halve_rows<4, T>(sums);
-  halve_rows<2, T>(sums);
-  halve_rows<1, T>(sums);
+  halve_rows<4, (swaps & 4) != 0, T>(sums);
+  halve_rows<2, (swaps & 2) != 0, T>(sums);
+  halve_rows<1, (swaps & 1) != 0, T>(sums);
 #pragma unroll
   for (int distance = sum_rows; distance < slices; distance *= 2) {
 #pragma unroll
@@ -385,40 +422,33 @@ __device__ __forceinline__ void add_slices(Sums<T>& sums) {
   }
 }
 
-// Where a lane stands in a warp's tile of sums.
 template <int slices>
-struct TileLane {
-  static constexpr int rows = sum_rows * warp_size / slices;  // of the tile
-  int slice, first_row;                                       // the slice and the first of the 8 rows it works on
-
-  __device__ __forceinline__ TileLane() {
-    const int lane = threadIdx.x % warp_size;
-    slice = lane % slices, first_row = lane / slices * sum_rows;
-  }
-  // The row whose sums it holds in the end, and whether it is the one to write them.
-  __device__ __forceinline__ int own_row() const { return first_row + slice % sum_rows; }
-  __device__ __forceinline__ bool writes() const { return slice < sum_rows; }
-};
-
-template <int slices>
-__device__ __forceinline__ int tiles_of_sums(int rows, int classes) {
+__host__ __device__ __forceinline__ int tiles_of_sums(int rows, int classes) {
   return (rows + TileLane<slices>::rows - 1) / TileLane<slices>::rows * tiles_of_classes(classes);
 }
 
-// Calls run(std::integral_constant<int, slices>) with the most slices at which every warp has one tile at most.
+// The number of slices that promises the shortest time: a tile takes a lane's share of `length` and `overhead`, and the
+// four parts of a multiprocessor take one tile each at a time.
+inline int best_slices(int rows, int classes, int length, int overhead) {
+  const auto time = [&](int slices, int tiles) {
+    return static_cast<int64_t>((tiles + 3) / 4) * ((length + slices - 1) / slices + overhead);
+  };
+  const int64_t few = time(8, tiles_of_sums<8>(rows, classes)), more = time(16, tiles_of_sums<16>(rows, classes)),
+                most = time(32, tiles_of_sums<32>(rows, classes));
+  return most <= more && most <= few ? 32 : more <= few ? 16 : 8;
+}
+
+// Calls run(std::integral_constant<int, slices>).
 template <typename Run>
-__device__ __forceinline__ void for_slices(int rows, int classes, const Run& run) {
-  const int warps = blockDim.x / warp_size;
-  if (tiles_of_sums<32>(rows, classes) <= warps) {
-    run(std::integral_constant<int, 32>());
-  } else if (tiles_of_sums<16>(rows, classes) <= warps) {
-    run(std::integral_constant<int, 16>());
-  } else {
-    run(std::integral_constant<int, 8>());
+__device__ __forceinline__ void for_slices(int slices, const Run& run) {
+  switch (slices) {
+    case 32: return run(std::integral_constant<int, 32>());
+    case 16: return run(std::integral_constant<int, 16>());
+    default: return run(std::integral_constant<int, 8>());
   }
 }
 
-__device__ __forceinline__ int at_most(int value, int largest) { return value < largest ? value : largest; }
+__host__ __device__ __forceinline__ int at_most(int value, int largest) { return value < largest ? value : largest; }
 
 // A step --------------------------------------------------------------------------------------------------------------
 
@@ -432,7 +462,8 @@ __device__ __forceinline__ void logits_tile(const HeadArguments<T>& a, const Hea
   const T *x[sum_rows], *weight[sum_classes];
 #pragma unroll
   for (int r = 0; r < sum_rows; ++r) {
-    x[r] = features_of_row<placement>(a, memory, buffer, at_most(row_begin + lane.first_row + r, rows - 1));
+    const int row = row_begin + lane.first_row + (r ^ lane.slice % sum_rows);
+    x[r] = features_of_row<placement>(a, memory, buffer, at_most(row, rows - 1));
   }
 #pragma unroll
   for (int c = 0; c < sum_classes; ++c) {
@@ -460,7 +491,7 @@ __device__ __forceinline__ void logits_tile(const HeadArguments<T>& a, const Hea
       }
     }
   }
-  add_slices<slices, T>(sums);
+  add_slices<slices, 7, T>(sums);
   const int row = row_begin + lane.own_row();
   if (!lane.writes() || row >= rows) return;
 #pragma unroll
@@ -475,7 +506,7 @@ template <Placement placement, typename T>
 __device__ __forceinline__ void logits(const HeadArguments<T>& a, const HeadMemory<T>& memory, int buffer, int rows) {
   const int warp = threadIdx.x / warp_size, warps = blockDim.x / warp_size;
   const int class_tiles = tiles_of_classes(a.classes);
-  for_slices(rows, a.classes, [&](auto number) {
+  for_slices(a.logits_slices, [&](auto number) {
     constexpr int slices = decltype(number)::value;
     for (int tile = warp; tile < tiles_of_sums<slices>(rows, a.classes); tile += warps) {
       logits_tile<slices, placement>(a, memory, buffer, rows, tile / class_tiles * TileLane<slices>::rows,
@@ -557,7 +588,8 @@ __device__ __forceinline__ void update_tile(const HeadArguments<T>& a, const Hea
   int first[sum_rows / n];  // elements of packs; the last one stands in for those beyond it
 #pragma unroll
   for (int i = 0; i < sum_rows / n; ++i) {
-    first[i] = at_most(feature_begin + lane.first_row + i * n, row_stride<T>(a.width) - n);
+    const int feature = feature_begin + lane.first_row + (i * n ^ (lane.slice & 4));
+    first[i] = at_most(feature, row_stride<T>(a.width) - n);
   }
   Sums<T> sums = {};
 #pragma unroll 2
@@ -579,16 +611,16 @@ __device__ __forceinline__ void update_tile(const HeadArguments<T>& a, const Hea
       for (int i = 0; i < sum_rows; ++i) sums[i][c] += error * x[i];
     }
   }
-  add_slices<slices, T>(sums);
+  add_slices<slices, 4, T>(sums);
   const int feature = feature_begin + lane.own_row();
   if (!lane.writes() || feature >= a.width) return;
 #pragma unroll
   for (int c = 0; c < sum_classes; ++c) {
     if (class_begin + c < a.classes) {
       const int64_t row = class_begin + c;
-      T& value = memory.weight[row * (has_weight(placement) ? row_stride<T>(a.width) : a.width) + feature];
-      T& momentum = memory.weight_momentum[row * (has_momentum(placement) ? row_stride<T>(a.width) : a.width) + feature];
-      sgd(a, value, momentum, sums[0][c], chunk.first, chunk.last);
+      const int64_t at = row * (has_weight(placement) ? row_stride<T>(a.width) : a.width) + feature;
+      const int64_t momentum_at = row * (has_momentum(placement) ? row_stride<T>(a.width) : a.width) + feature;
+      sgd(a, memory.weight[at], memory.weight_momentum[momentum_at], sums[0][c], chunk.first, chunk.last);
     }
   }
 }
@@ -630,7 +662,7 @@ __device__ __forceinline__ void update(const HeadArguments<T>& a, const HeadMemo
                                        const Chunk<T>& chunk) {
   const int warp = threadIdx.x / warp_size, warps = blockDim.x / warp_size;
   const int class_tiles = tiles_of_classes(a.classes);
-  for_slices(a.width, a.classes, [&](auto number) {
+  for_slices(a.update_slices, [&](auto number) {
     constexpr int slices = decltype(number)::value;
     for (int tile = warp; tile < tiles_of_sums<slices>(a.width, a.classes); tile += warps) {
       update_tile<slices, placement>(a, memory, buffer, chunk, tile / class_tiles * TileLane<slices>::rows,
@@ -676,10 +708,12 @@ __global__ void __launch_bounds__(largest_head_threads<T>) fit_linear_head_kerne
   int epoch = 0;
   bool stopped = false;
   for (int buffer = 0; epoch < a.epochs && !stopped; buffer ^= 1) {
-    fetch_rows<placement>(a, memory, buffer ^ 1, next.rows);
     const int64_t* const order = walk.order;
     const Chunk<T> after = walk.next(a);
-    fetch_samples(memory.samples + buffer * a.chunk, order, after.rows);
+    if (Fetchers().thread >= 0) {
+      fetch_rows<placement>(a, memory, buffer ^ 1, next.rows);
+      fetch_samples(memory.samples + buffer * a.chunk, order, after.rows);
+    }
     if (current.rows > 0) {
       logits<placement>(a, memory, buffer, current.rows);
       __syncthreads();
@@ -747,12 +781,16 @@ void launch_fit_linear_head(HeadArguments<T> a, cudaStream_t stream) {
     const int fitting = fitting_samples(a, placement(), limit);
     const int smallest = placement() == Placement::global ? 1 : smallest_chunk;
     if (fitting < (smallest < a.batch_size ? smallest : a.batch_size)) return false;
-    const int chunks = (a.batch_size - 1) / fitting + 1;  // of about the same size
-    a.chunk = (a.batch_size - 1) / chunks + 1;
+    const int chunks = (a.batch_size - 1) / fitting + 1;
+    const int even = (a.batch_size - 1) / chunks + 1;
+    a.chunk = at_most((even + sum_rows - 1) / sum_rows * sum_rows, fitting);
     const size_t bytes = head_bytes<T>(a.width, a.classes, placement()) +
                          a.chunk * head_bytes_a_sample<T>(a.width, a.classes, placement());
+    const int packs = row_stride<T>(a.width) / pack_size<T>;
+    a.logits_slices = best_slices(a.chunk, a.classes, packs, 2);  // what else a tile needs is worth two packs
+    a.update_slices = best_slices(a.width, a.classes, a.chunk, 4);
     const unsigned threads = head_threads(a);
-    for (a.log_lanes = 0; a.log_lanes < 5 && a.chunk << (a.log_lanes + 1) <= static_cast<int>(threads);) ++a.log_lanes;
+    for (a.log_lanes = 2; a.log_lanes < 5 && a.chunk << (a.log_lanes + 2) <= static_cast<int>(threads);) ++a.log_lanes;
     const auto kernel = fit_linear_head_kernel<placement(), T>;
     allow_shared_memory(kernel, bytes);
     if (a.heads == 1) {

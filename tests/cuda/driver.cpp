@@ -336,9 +336,9 @@ void test_heads() {
   test_head<T>({23, 10, 3, 37, 10, 1, 5});
   test_head<T>({23, 10, 3, 40, 10, 2, 5});      // rows of whole packs
   test_head<T>({9, 100, 4, 65, 9, 3, 0});       // on a plateau at once
-  test_head<T>({33, 33, 2, 130, 10, 1, 5});     // so many features or classes that fewer lanes share a sum
-  test_head<T>({33, 33, 2, 264, 10, 1, 5});
-  test_head<T>({65, 60, 2, 12, 33, 1, 5});
+  test_head<T>({32, 32, 2, 200, 10, 1, 5});     // 16 lanes to a logit
+  test_head<T>({33, 33, 2, 264, 10, 1, 5});     // 8
+  test_head<T>({65, 60, 2, 12, 33, 1, 5});      // 16 lanes to a weight
   test_head<T>({300, 300, 2, 6, 3, 1, 5, 170});  // a minibatch of two chunks, another one of four and of one
   test_head<T>({50, 35, 2, 40, 10, 2, 5, 11});
   for (const int width : {37, 40}) {
