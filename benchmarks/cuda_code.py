@@ -78,8 +78,8 @@ BUDGETS = {
     "gated_adam bfloat16": Budget(256, 2, _ADAM_SHARED, loads=8, stores=7),
     # One block a head: it has a multiprocessor to itself, and all the shared memory that it can use.
     "fit_linear_head shared": Budget(512, 1, 163 * 1024, loads=3),
-    "fit_linear_head weight_shared": Budget(512, 1, 163 * 1024, loads=2),
-    "fit_linear_head rows_shared": Budget(512, 1, 163 * 1024, loads=6),
+    "fit_linear_head parameters_shared": Budget(512, 1, 163 * 1024, loads=10),
+    "fit_linear_head weight_shared": Budget(512, 1, 163 * 1024, loads=9),
     "fit_linear_head global": Budget(512, 1, 163 * 1024, loads=13),
     "mutual_information float": Budget(256, 2, 12 * 1024),
     "mutual_information half": Budget(256, 2, 12 * 1024),
@@ -165,7 +165,7 @@ def compile_kernels(target: Path, architecture: str, csrc: Path = CSRC) -> None:
 
 
 _KINDS = ("ffw", "hard", "bernoulli", "concrete")
-_PLACEMENTS = ("shared", "weight_shared", "rows_shared", "global")
+_PLACEMENTS = ("shared", "parameters_shared", "weight_shared", "global")
 _TYPES = (("13__nv_bfloat16", "bfloat16"), ("6__half", "half"), ("f", "float"))
 
 

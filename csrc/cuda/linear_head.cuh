@@ -1,6 +1,6 @@
 // fit_linear_head_, the kernel: whole epochs of softmax regression by SGD with momentum in one launch, plateau rule
 // included. One block a head; weights, momentum, and the features of a minibatch's samples are in shared memory while
-// they are worked on. A minibatch is done in chunks of as many samples as fit, in most cases one. While a chunk is
+// they are worked on. A minibatch is done in chunks of as many samples as fit, in small heads one. While a chunk is
 // worked on, asynchronous copies bring the features and labels of the next one into a second buffer, and the numbers of
 // the samples after that: nothing waits for global memory but the first chunk. A chunk has three phases with a barrier
 // after each:
@@ -11,13 +11,15 @@
 //
 // The two kinds of sums have the same form. A lane keeps 8 x 5 of them (samples or features, by classes) over a slice
 // of what is summed over, so that an element loaded from shared memory is used 5 or 8 times; 8, 16 or 32 lanes beside
-// one another hold the slices of the same sums and add them up, in an order that depends on the sizes alone. Rows of
-// features are an odd number of 16-byte packs long: neither lanes along a row nor lanes along a column of packs meet in
-// a bank.
+// one another hold the slices of the same sums and add them up, in an order that depends on the sizes alone.
 //
-// Where shared memory does not suffice for all with at least 8 samples a buffer, the momentum stays where it is, then
-// the weights too, at last even the features: rows of more than some 2500 on an A100. Refused are only heads of more
-// than some 30000 classes, of which the errors of one sample do not fit.
+// The length of a buffer's row leaves 2 of 4 packs of 16 bytes. With it the 8 lanes whose packs are loaded together
+// read from different banks in both kinds of sums: packs s of rows s ^ r, and packs p ^ (s / 4) of rows s.
+//
+// Where shared memory does not suffice for all, the features are read where they are, by the same loops; then the
+// momentum is left there too, and at last the weights. The 163 KB of an A100 hold all up to some 600 features and 10
+// classes, weights and momentum up to K D = 20000 in float32, the weights alone up to twice that. Refused are only
+// heads of more than some 13000 classes, of which the errors of one sample do not fit.
 //
 // Heads share the plateau, so their blocks wait for one another once an epoch; with several heads the launch is a
 // cooperative one. Nothing depends on the order in which blocks or warps run.
@@ -35,18 +37,18 @@ constexpr unsigned largest_head_threads = sizeof(T) == 4 ? 512 : 256;
 
 constexpr int sum_rows = 8, sum_classes = 5;  // sums of a lane: samples or features, by classes
 constexpr int row_lanes = 4;                  // of one sample's softmax
-constexpr int smallest_chunk     = 8;         // samples a buffer, before something else is left in global memory
+constexpr int smallest_chunk = 24;            // samples a buffer; shorter chunks cost more than they save
 
 template <typename T>
 constexpr int pack_size = 16 / sizeof(T);
 
-// What is in shared memory: all; rows and weights; rows; no array of the width of the features.
-enum class Placement { shared, weight_shared, rows_shared, global };
-__host__ __device__ constexpr bool has_rows(Placement placement) { return placement != Placement::global; }
-__host__ __device__ constexpr bool has_weight(Placement placement) {
-  return placement == Placement::shared || placement == Placement::weight_shared;
+// What is in shared memory: rows of features, weights and momentum; weights and momentum; weights; none of these.
+enum class Placement { shared, parameters_shared, weight_shared, global };
+__host__ __device__ constexpr bool has_rows(Placement placement) { return placement == Placement::shared; }
+__host__ __device__ constexpr bool has_weight(Placement placement) { return placement != Placement::global; }
+__host__ __device__ constexpr bool has_momentum(Placement placement) {
+  return placement == Placement::shared || placement == Placement::parameters_shared;
 }
-__host__ __device__ constexpr bool has_momentum(Placement placement) { return placement == Placement::shared; }
 
 template <typename T>
 struct HeadArguments {
@@ -83,7 +85,8 @@ struct HeadState {
   int stopped;
 };
 
-// Elements from one row of features or weights to the next in shared memory. What is missing to whole packs is zero.
+// Elements from one row to the next in shared memory, of weights and of features. What is missing to whole packs is
+// zero.
 template <typename T>
 __host__ __device__ inline int row_stride(int width) {
   return (width + pack_size<T> - 1) / pack_size<T> * pack_size<T>;
@@ -105,8 +108,8 @@ __host__ __device__ inline int error_stride(int classes) {
 
 template <typename T>
 struct HeadMemory {
-  T* rows;           // [2, chunk, buffer_stride]: the samples' features
-  int64_t* offsets;  // or [2, chunk]: where these begin in global memory
+  T* rows;           // [2, chunk, buffer_stride]: the samples' features,
+  int64_t* offsets;  // or [2, chunk]: where they begin in global memory
   T *weight, *weight_momentum;  // [classes, row_stride], in global memory [classes, width]
   int64_t* samples;  // [2, chunk]: numbers of the samples of the next chunk and of the one after it, by turns
   int64_t* labels;   // [2, chunk]: of this chunk and of the next one, -1 for a sample out of range
@@ -368,6 +371,16 @@ __device__ __forceinline__ const T* features_of_row(const HeadArguments<T>& a, c
   }
 }
 
+// Calls run(std::bool_constant) with whether a chunk's rows of features are whole packs, where they are read.
+template <Placement placement, typename T, typename Run>
+__device__ __forceinline__ void with_whole(const HeadArguments<T>& a, const Run& run) {
+  if constexpr (has_rows(placement)) {
+    run(std::true_type());
+  } else {
+    a.whole ? run(std::true_type()) : run(std::false_type());
+  }
+}
+
 // Sums ----------------------------------------------------------------------------------------------------------------
 
 template <typename T>
@@ -457,9 +470,9 @@ __host__ __device__ __forceinline__ int at_most(int value, int largest) { return
 template <int slices, Placement placement, typename T>
 __device__ __forceinline__ void logits_tile(const HeadArguments<T>& a, const HeadMemory<T>& memory, int buffer,
                                             int rows, int row_begin, int class_begin) {
-  constexpr int n = pack_size<T>;
   const TileLane<slices> lane;
-  const T *x[sum_rows], *weight[sum_classes];
+  const T* x[sum_rows];
+  int weight[sum_classes];  // where a class's begin
 #pragma unroll
   for (int r = 0; r < sum_rows; ++r) {
     const int row = row_begin + lane.first_row + (r ^ lane.slice % sum_rows);
@@ -467,30 +480,29 @@ __device__ __forceinline__ void logits_tile(const HeadArguments<T>& a, const Hea
   }
 #pragma unroll
   for (int c = 0; c < sum_classes; ++c) {
-    const int own = at_most(class_begin + c, a.classes - 1);
-    if constexpr (has_weight(placement)) {
-      weight[c] = memory.weight + own * row_stride<T>(a.width);
-    } else {
-      weight[c] = memory.weight + static_cast<int64_t>(own) * a.width;
-    }
+    weight[c] = at_most(class_begin + c, a.classes - 1) * (has_weight(placement) ? row_stride<T>(a.width) : a.width);
   }
   Sums<T> sums = {};
+  with_whole<placement>(a, [&](auto whole) {
+    constexpr bool packs = decltype(whole)::value;
+    constexpr int n = packs ? pack_size<T> : 1;
 #pragma unroll 1
-  for (int begin = lane.slice * n; begin < a.width; begin += slices * n) {
-    T w[sum_classes][n];
+    for (int begin = lane.slice * n; begin < a.width; begin += slices * n) {
+      T w[sum_classes][n];
 #pragma unroll
-    for (int c = 0; c < sum_classes; ++c) load(weight[c], begin, a.width, has_weight(placement) || a.whole, w[c]);
+      for (int c = 0; c < sum_classes; ++c) load(memory.weight + weight[c], begin, a.width, packs, w[c]);
 #pragma unroll
-    for (int r = 0; r < sum_rows; ++r) {
-      T values[n];
-      load(x[r], begin, a.width, has_rows(placement) || a.whole, values);
+      for (int r = 0; r < sum_rows; ++r) {
+        T values[n];
+        load(x[r], begin, a.width, packs, values);
 #pragma unroll
-      for (int i = 0; i < n; ++i) {
+        for (int i = 0; i < n; ++i) {
 #pragma unroll
-        for (int c = 0; c < sum_classes; ++c) sums[r][c] += values[i] * w[c][i];
+          for (int c = 0; c < sum_classes; ++c) sums[r][c] += values[i] * w[c][i];
+        }
       }
     }
-  }
+  });
   add_slices<slices, 7, T>(sums);
   const int row = row_begin + lane.own_row();
   if (!lane.writes() || row >= rows) return;
@@ -592,25 +604,28 @@ __device__ __forceinline__ void update_tile(const HeadArguments<T>& a, const Hea
     first[i] = at_most(feature, row_stride<T>(a.width) - n);
   }
   Sums<T> sums = {};
+  with_whole<placement>(a, [&](auto whole) {
+    constexpr bool packs = decltype(whole)::value;
 #pragma unroll 2
-  for (int row = lane.slice; row < chunk.rows; row += slices) {
-    const T* const features = features_of_row<placement>(a, memory, buffer, row);
-    const T* const errors = memory.errors + row * stride + class_begin;
-    T x[sum_rows];
+    for (int row = lane.slice; row < chunk.rows; row += slices) {
+      const T* const features = features_of_row<placement>(a, memory, buffer, row);
+      const T* const errors = memory.errors + row * stride + class_begin;
+      T x[sum_rows];
 #pragma unroll
-    for (int i = 0; i < sum_rows / n; ++i) {
-      T pack[n];
-      load(features, first[i], a.width, has_rows(placement) || a.whole, pack);
+      for (int i = 0; i < sum_rows / n; ++i) {
+        T pack[n];
+        load(features, first[i], a.width, packs, pack);
 #pragma unroll
-      for (int k = 0; k < n; ++k) x[i * n + k] = pack[k];
+        for (int k = 0; k < n; ++k) x[i * n + k] = pack[k];
+      }
+#pragma unroll
+      for (int c = 0; c < sum_classes; ++c) {
+        const T error = errors[c];
+#pragma unroll
+        for (int i = 0; i < sum_rows; ++i) sums[i][c] += error * x[i];
+      }
     }
-#pragma unroll
-    for (int c = 0; c < sum_classes; ++c) {
-      const T error = errors[c];
-#pragma unroll
-      for (int i = 0; i < sum_rows; ++i) sums[i][c] += error * x[i];
-    }
-  }
+  });
   add_slices<slices, 4, T>(sums);
   const int feature = feature_begin + lane.own_row();
   if (!lane.writes() || feature >= a.width) return;
@@ -801,8 +816,8 @@ void launch_fit_linear_head(HeadArguments<T> a, cudaStream_t stream) {
     return true;
   };
   if (launch(std::integral_constant<Placement, Placement::shared>()) ||
+      launch(std::integral_constant<Placement, Placement::parameters_shared>()) ||
       launch(std::integral_constant<Placement, Placement::weight_shared>()) ||
-      launch(std::integral_constant<Placement, Placement::rows_shared>()) ||
       launch(std::integral_constant<Placement, Placement::global>())) {
     return;
   }

@@ -340,10 +340,10 @@ void test_heads() {
   test_head<T>({33, 33, 2, 264, 10, 1, 5});     // 8
   test_head<T>({65, 60, 2, 12, 33, 1, 5});      // 16 lanes to a weight
   test_head<T>({300, 300, 2, 6, 3, 1, 5, 170});  // a minibatch of two chunks, another one of four and of one
-  test_head<T>({50, 35, 2, 40, 10, 2, 5, 11});
+  test_head<T>({50, 35, 2, 40, 10, 2, 5, 25});
   for (const int width : {37, 40}) {
-    test_head<T>({23, 10, 2, width, 10, 2, 5, 9, Placement::weight_shared});
-    test_head<T>({23, 10, 2, width, 10, 2, 5, 8, Placement::rows_shared});
+    test_head<T>({23, 10, 2, width, 10, 2, 5, 10, Placement::parameters_shared});
+    test_head<T>({23, 10, 2, width, 10, 2, 5, 10, Placement::weight_shared});
     test_head<T>({23, 10, 2, width, 10, 2, 5, 3, Placement::global});
   }
 }

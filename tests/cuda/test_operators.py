@@ -231,8 +231,8 @@ FITS = {  # samples, width, classes, heads, batch size, epochs, shared memory
     "two heads": (53, 37, 10, 2, 20, 3, None),
     "two classes": (20, 64, 2, 1, 7, 3, None),
     "chunks": (270, 5, 3, 2, 270, 2, 20000),
-    "momentum in global memory": (25, 40, 6, 2, 10, 2, 4900),
-    "weights in global memory": (25, 40, 6, 2, 10, 2, 3600),
+    "features in global memory": (25, 40, 6, 2, 10, 2, 2950),
+    "momentum too": (25, 40, 6, 2, 10, 2, 1990),
     "all in global memory": (25, 40, 6, 2, 10, 2, 1200),
 }
 
