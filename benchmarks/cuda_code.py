@@ -69,12 +69,6 @@ class Budget:
     stores: int = 0
 
 
-def head_shared_memory(width: int = 512, classes: int = 10, chunk: int = 100) -> int:
-    """Bytes a block of ``fit_linear_head_`` takes; the default is ResNet18's bottleneck."""
-    padded = -(-classes // 4) * 4
-    return 4 * (chunk * (padded + 1) + 2 * classes + 2 * classes * width) + 8 * chunk + 12
-
-
 def objective_shared_memory(samples: int = 100, targets: int = 10, heads: int = 2, classes: int = 10) -> int:
     """Bytes the block of ``objective`` takes; the default is Multi-Color MNIST's minibatch."""
     a_head, a_task = classes | 1, targets | 1  # rows begin in different banks
@@ -93,10 +87,11 @@ BUDGETS = {
     "gated_adam float": Budget(256, 3, _ADAM_SHARED, loads=5, stores=4),
     "gated_adam half": Budget(256, 2, _ADAM_SHARED, loads=8, stores=7),
     "gated_adam bfloat16": Budget(256, 2, _ADAM_SHARED, loads=8, stores=7),
-    # One block a head: it may have a multiprocessor to itself.
-    "fit_linear_head shared": Budget(512, 1, head_shared_memory()),
-    "fit_linear_head weight_shared": Budget(512, 1, 163 * 1024),
-    "fit_linear_head global": Budget(512, 1, 32 * 1024),
+    # One block a head: it has a multiprocessor to itself, and all the shared memory that it can use.
+    "fit_linear_head shared": Budget(512, 1, 163 * 1024, loads=3),
+    "fit_linear_head parameters_shared": Budget(512, 1, 163 * 1024, loads=10),
+    "fit_linear_head weight_shared": Budget(512, 1, 163 * 1024, loads=9),
+    "fit_linear_head global": Budget(512, 1, 163 * 1024, loads=13),
     "mutual_information float": Budget(256, 2, 12 * 1024),
     "mutual_information half": Budget(256, 2, 12 * 1024),
     "mutual_information bfloat16": Budget(256, 2, 12 * 1024),
@@ -185,7 +180,7 @@ def compile_kernels(target: Path, architecture: str, csrc: Path = CSRC) -> None:
 
 
 _KINDS = ("ffw", "hard", "bernoulli", "concrete")
-_PLACEMENTS = ("shared", "weight_shared", "global")
+_PLACEMENTS = ("shared", "parameters_shared", "weight_shared", "global")
 _JOINTS = ("global joints", "shared joints")
 _TYPES = (("13__nv_bfloat16", "bfloat16"), ("6__half", "half"), ("f", "float"))
 
@@ -216,7 +211,7 @@ def _subroutines(code: str) -> int:
 
 def _widest_load(code: str) -> int:
     widths = {"U8": 8, "S8": 8, "U16": 16, "S16": 16, "64": 64, "128": 128}
-    loads = [parts.split(".") for parts in re.findall(r"\bLDG\.E((?:\.\w+)*)", code)]
+    loads = [parts.split(".") for parts in re.findall(r"\bLDG(?:STS)?\.E((?:\.\w+)*)", code)]
     return max((max((widths[part] for part in parts if part in widths), default=32) for parts in loads), default=0)
 
 
@@ -240,7 +235,7 @@ def read_kernels(cubin: Path, architecture: str) -> list[Kernel]:
                 architecture,
                 numbers["REG"],
                 numbers["STACK"] + numbers["LOCAL"],
-                len(re.findall(r"\bLDG\.E(?:\.\w+)*?\.128\b", code)),
+                len(re.findall(r"\bLDG(?:STS)?\.E(?:\.\w+)*?\.128\b", code)),
                 len(re.findall(r"\bSTG\.E(?:\.\w+)*?\.128\b", code)),
                 len(re.findall(r"\b(?:LDL|STL)\b", code)),
                 len(_FP64.findall(code)),

@@ -12,6 +12,7 @@
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
+#include <cuda_pipeline.h>
 #include <cuda_runtime.h>
 
 #include <stdexcept>
@@ -63,6 +64,18 @@ template <typename Kernel>
 void allow_shared_memory(Kernel kernel, size_t bytes) {
   if (bytes <= 48 * 1024) return;
   check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)));
+}
+
+// A copy of 4, 8 or 16 bytes from global to shared memory, both addresses multiples of that. It goes on by itself: the
+// thread sees it after wait_for_copies(), other threads after a barrier behind that.
+template <int bytes>
+__device__ __forceinline__ void copy_async(void* shared, const void* global) {
+  __pipeline_memcpy_async(shared, global, bytes);
+}
+
+__device__ __forceinline__ void wait_for_copies() {
+  __pipeline_commit();
+  __pipeline_wait_prior(0);
 }
 
 }  // namespace ffw::cuda

@@ -1,6 +1,8 @@
 // fit_linear_head_ for CUDA tensors; the kernel is in linear_head.cuh.
 #include "linear_head.cuh"
 
+#include <algorithm>
+
 #include "operator.h"
 
 namespace ffw::cuda {
@@ -46,9 +48,9 @@ Tensor fit_linear_head_(Tensor weight, Tensor bias, Tensor weight_momentum, Tens
     a.labels = data<int64_t>(dense_labels);
     a.order = data<int64_t>(dense_order);
     a.samples = features.size(0);
-    a.epochs = epochs;
-    a.epoch_size = epoch_size;
-    a.batch_size = batch_size;
+    a.epochs = checked_size("the number of epochs", epochs);
+    a.epoch_size = checked_size("the number of samples in an epoch", epoch_size);
+    a.batch_size = static_cast<int>(std::min(batch_size, epoch_size));
     a.width = checked_size("the number of features", features.size(1));
     a.classes = checked_size("the number of classes", weight.size(1));
     a.heads = static_cast<int>(heads);

@@ -209,7 +209,9 @@ struct HeadShape {
   int64_t samples, batch_size, epochs;
   int width, classes, heads;
   int64_t patience;
-  size_t shared_limit;
+  // Shared memory for so many samples a buffer, and of the head what is said; 0: an A100's, for all of it.
+  int fitting = 0;
+  Placement placement = Placement::shared;
 };
 
 // The loop of ops.fit_linear_head_default_ in double precision; weights as [heads, classes, width].
@@ -269,7 +271,11 @@ void reference_fit(const HeadShape& shape, const Array<T>& features, const std::
 
 template <typename T>
 void test_head(const HeadShape& shape) {
-  emulation::shared_limit = shape.shared_limit;
+  if (shape.fitting > 0) {
+    emulation::shared_limit =
+        head_bytes<T>(shape.width, shape.classes, shape.placement) +
+        shape.fitting * head_bytes_a_sample<T>(shape.width, shape.classes, shape.placement);
+  }
   const int64_t rows = static_cast<int64_t>(shape.heads) * shape.classes, parameters = rows * shape.width;
   Array<T> weight(parameters), weight_momentum(parameters), bias(rows), bias_momentum(rows);
   Array<T> features(shape.samples * shape.width), totals(shape.epochs * shape.heads);
@@ -297,7 +303,8 @@ void test_head(const HeadShape& shape) {
   a.weight = weight, a.bias = bias, a.weight_momentum = weight_momentum, a.bias_momentum = bias_momentum;
   a.plateau = plateau, a.losses = losses, a.totals = totals, a.arrivals = &arrivals;
   a.features = features, a.labels = labels.data(), a.order = order.data();
-  a.samples = a.epoch_size = shape.samples, a.epochs = shape.epochs, a.batch_size = shape.batch_size;
+  a.samples = shape.samples, a.epoch_size = static_cast<int>(shape.samples);
+  a.epochs = static_cast<int>(shape.epochs), a.batch_size = static_cast<int>(shape.batch_size);
   a.width = shape.width, a.classes = shape.classes, a.heads = shape.heads;
   a.lr = T(0.1), a.momentum = T(0.9), a.weight_decay = T(1e-4), a.keep = T(1 - 1e-3);
   a.inverse_count = T(1.0 / labels.size()), a.patience = shape.patience;
@@ -321,19 +328,25 @@ void test_head(const HeadShape& shape) {
 
 template <typename T>
 void test_heads() {
-  constexpr size_t a100 = 163 * 1024;
   if (tiny) {
-    test_head<T>({9, 5, 2, 5, 3, 1, 5, a100});
-    test_head<T>({6, 4, 2, 33, 2, 2, 5, a100});
+    test_head<T>({9, 5, 2, 5, 3, 1, 5});
+    test_head<T>({6, 4, 2, 33, 2, 2, 5});
     return;
   }
-  test_head<T>({1, 1, 1, 1, 1, 1, 5, a100});
-  test_head<T>({23, 10, 3, 37, 10, 1, 5, a100});
-  test_head<T>({23, 10, 3, 37, 10, 2, 5, a100});
-  test_head<T>({9, 100, 4, 65, 9, 3, 0, a100});  // on a plateau at once
-  test_head<T>({300, 300, 2, 6, 3, 1, 5, a100});  // a minibatch of two chunks
-  test_head<T>({23, 10, 2, 37, 10, 2, 5, 37 * 10 * sizeof(T) + 2000});  // momentum in global memory
-  test_head<T>({23, 10, 2, 37, 10, 2, 5, 1500});                        // weights too, and smaller chunks
+  test_head<T>({1, 1, 1, 1, 1, 1, 5});
+  test_head<T>({23, 10, 3, 37, 10, 1, 5});
+  test_head<T>({23, 10, 3, 40, 10, 2, 5});      // rows of whole packs
+  test_head<T>({9, 100, 4, 65, 9, 3, 0});       // on a plateau at once
+  test_head<T>({32, 32, 2, 200, 10, 1, 5});     // 16 lanes to a logit
+  test_head<T>({33, 33, 2, 264, 10, 1, 5});     // 8
+  test_head<T>({65, 60, 2, 12, 33, 1, 5});      // 16 lanes to a weight
+  test_head<T>({300, 300, 2, 6, 3, 1, 5, 170});  // a minibatch of two chunks, another one of four and of one
+  test_head<T>({50, 35, 2, 40, 10, 2, 5, 25});
+  for (const int width : {37, 40}) {
+    test_head<T>({23, 10, 2, width, 10, 2, 5, 10, Placement::parameters_shared});
+    test_head<T>({23, 10, 2, width, 10, 2, 5, 10, Placement::weight_shared});
+    test_head<T>({23, 10, 2, width, 10, 2, 5, 3, Placement::global});
+  }
 }
 
 // Mutual information --------------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 // Runs CUDA kernels on the CPU, for tests: included before a kernel's unchanged source, it defines the words of CUDA
 // that csrc/cuda uses. What it can find: wrong indices, missing barriers, barriers that not all threads reach, shared
-// memory that is used before it is written or beyond its end. What it cannot: speed, and races between blocks.
+// memory that is used before it is written or beyond its end, asynchronous copies that nobody waits for. What it cannot:
+// speed, and races between blocks.
 //
 // The threads of a block are fibers. A fiber runs until it waits; who runs next is decided by emulation::order
 // (0 forward, 1 backward, else shuffled anew every round with that seed), so that a missing barrier shows in at least
@@ -53,6 +54,12 @@ inline size_t shared_limit = 163 * 1024;  // of one block, an A100's
 
 struct Block;
 
+struct Copy {  // on its way to shared memory
+  void* to;
+  const void* from;
+  size_t bytes;
+};
+
 #if defined(FFW_EMULATION_THREADS)
 
 struct Meeting {  // of all threads of a block or of a warp
@@ -75,6 +82,7 @@ struct Meeting {  // of all threads of a block or of a warp
 struct Thread {
   Dim index;
   Block* block = nullptr;
+  std::vector<Copy> copies;
 };
 inline thread_local Thread* current = nullptr;
 inline void pause() { std::this_thread::yield(); }
@@ -89,6 +97,7 @@ struct Thread {
   ucontext_t context;
   std::unique_ptr<char[]> stack;
   Meeting* waits_for = nullptr;
+  std::vector<Copy> copies;
   bool done = false;
 };
 inline Thread* current = nullptr;
@@ -169,6 +178,25 @@ inline unsigned ballot(unsigned lanes, bool predicate, int line) {
   return votes;
 }
 
+// A device may make such a copy at any time before the thread waits for it: here as late as it can, in order 1 at once.
+inline void wait_for_copies() {
+  for (const Copy& copy : current->copies) std::memcpy(copy.to, copy.from, copy.bytes);
+  current->copies.clear();
+}
+
+inline void copy_async(void* to, const void* from, size_t bytes) {
+  if (reinterpret_cast<uintptr_t>(to) % bytes != 0 || reinterpret_cast<uintptr_t>(from) % bytes != 0) {
+    fail("a copy from or to an address that is no multiple of its size");
+  }
+  current->copies.push_back({to, from, bytes});
+  if (order == 1) wait_for_copies();
+}
+
+inline void run_thread(const std::function<void()>& kernel) {
+  kernel();
+  if (!current->copies.empty()) fail("a thread ends before its copies");
+}
+
 inline std::vector<size_t> shuffled(size_t count, std::mt19937& random) {
   std::vector<size_t> numbers(count);
   for (size_t i = 0; i < count; ++i) numbers[i] = order == 1 ? count - 1 - i : i;
@@ -185,7 +213,7 @@ inline void run_blocks(std::vector<std::unique_ptr<Block>>& blocks, const std::f
     for (Thread& thread : block->threads) {
       running.emplace_back([&] {
         current = &thread;
-        kernel();
+        run_thread(kernel);
       });
     }
   }
@@ -196,7 +224,7 @@ inline void run_blocks(std::vector<std::unique_ptr<Block>>& blocks, const std::f
 
 inline const std::function<void()>* running_kernel = nullptr;
 inline void fiber_main() {
-  (*running_kernel)();
+  run_thread(*running_kernel);
   current->done = true;
   for (;;) pause();
 }
@@ -280,6 +308,13 @@ namespace ffw::cuda {
 inline size_t largest_shared_memory() { return emulation::shared_limit; }
 template <typename Kernel>
 void allow_shared_memory(Kernel, size_t) {}
+
+template <int bytes>
+void copy_async(void* shared, const void* global) {
+  static_assert(bytes == 4 || bytes == 8 || bytes == 16, "no such instruction");
+  emulation::copy_async(shared, global, bytes);
+}
+inline void wait_for_copies() { emulation::wait_for_copies(); }
 }  // namespace ffw::cuda
 
 // 16-bit storage, rounded to the nearest, ties to even.

@@ -230,8 +230,9 @@ FITS = {  # samples, width, classes, heads, batch size, epochs, shared memory
     "one head": (53, 100, 10, 1, 20, 3, None),
     "two heads": (53, 37, 10, 2, 20, 3, None),
     "two classes": (20, 64, 2, 1, 7, 3, None),
-    "chunks": (270, 5, 3, 2, 270, 2, None),
-    "momentum in global memory": (25, 40, 6, 2, 10, 2, 40 * 6 * 4 + 1500),
+    "chunks": (270, 5, 3, 2, 270, 2, 20000),
+    "features in global memory": (25, 40, 6, 2, 10, 2, 2950),
+    "momentum too": (25, 40, 6, 2, 10, 2, 1990),
     "all in global memory": (25, 40, 6, 2, 10, 2, 1200),
 }
 
@@ -304,6 +305,13 @@ def test_a_number_out_of_range_makes_the_loss_nan(emulated, name):
     arguments = fit_arguments(6, 3, 2, 1, 4, 1)
     arguments[6 if name == "labels" else 7].view(-1)[2] = 99
     assert emulated.fit_linear_head_(*arguments).isnan().all()
+
+
+def test_no_features(emulated, defaults):
+    mine = fit_arguments(25, 0, 6, 2, 10, 2)
+    theirs = converted(mine, torch.float32)
+    torch.testing.assert_close(emulated.fit_linear_head_(*mine), defaults.fit_linear_head_(*theirs))
+    torch.testing.assert_close(mine[:5], theirs[:5])
 
 
 def test_no_epochs(emulated):
