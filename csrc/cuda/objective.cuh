@@ -109,13 +109,13 @@ struct Rows {
 
 // Samples begin .. begin + rows of a minibatch.
 template <typename Logit, typename T>
-struct Chunk {
+struct ObjectiveChunk {
   const ObjectiveArguments<Logit>& a;
   const ObjectiveMemory<T>& memory;
   int64_t begin;
   int rows;
 
-  __device__ __forceinline__ Chunk(const ObjectiveArguments<Logit>& a, const ObjectiveMemory<T>& memory, int64_t begin)
+  __device__ __forceinline__ ObjectiveChunk(const ObjectiveArguments<Logit>& a, const ObjectiveMemory<T>& memory, int64_t begin)
       : a(a), memory(memory), begin(begin), rows(static_cast<int>(a.n - begin < a.chunk ? a.n - begin : a.chunk)) {}
   __device__ __forceinline__ int head_rows() const { return rows * a.heads; }
   template <typename Stored>
@@ -158,14 +158,14 @@ __device__ __forceinline__ bool is_within(int64_t label, int end) { return label
 
 // The label that the chunk's `item`th row goes with: the heads' rows come first, then the task's.
 template <typename Logit, typename T>
-__device__ __forceinline__ int64_t label_of_row(const Chunk<Logit, T>& chunk, int item) {
+__device__ __forceinline__ int64_t label_of_row(const ObjectiveChunk<Logit, T>& chunk, int item) {
   const int heads = chunk.head_rows();
   return item < heads ? chunk.a.bias_labels[chunk.begin * chunk.a.heads + item]
                       : chunk.a.labels[chunk.begin + (item - heads)];
 }
 
 template <typename Logit, typename T>
-__device__ __forceinline__ int bias_label(const Chunk<Logit, T>& chunk, int item, int64_t label) {
+__device__ __forceinline__ int bias_label(const ObjectiveChunk<Logit, T>& chunk, int item, int64_t label) {
   const ObjectiveArguments<Logit>& a = chunk.a;
   if (!is_within(label, a.classes)) return unknown;
   if (a.aligned != nullptr) {
@@ -178,7 +178,7 @@ __device__ __forceinline__ int bias_label(const Chunk<Logit, T>& chunk, int item
 
 // Keeps the bias label of a head's row, and counts it; returns it, or -1 if it or the target is out of range.
 template <typename Logit, typename T>
-__device__ __forceinline__ int64_t keep_bias_label(const Chunk<Logit, T>& chunk, int item, int64_t given) {
+__device__ __forceinline__ int64_t keep_bias_label(const ObjectiveChunk<Logit, T>& chunk, int item, int64_t given) {
   const int label = bias_label(chunk, item, given);
   chunk.memory.labels[item] = label == unknown ? 0 : label;
   if (chunk.a.aligned != nullptr && label != uncounted) {
@@ -202,7 +202,7 @@ __device__ __forceinline__ T weight_of(const ObjectiveArguments<Logit>& a, int64
 // Stages a chunk. Its heads' rows of logits become probabilities and, if asked for, those of the task the gradient by
 // them; returns the thread's part of the cross-entropy. A label out of range makes the row NaN, and so its loss.
 template <typename Logit, typename T>
-__device__ __forceinline__ T prepare(const Chunk<Logit, T>& chunk, bool with_task) {
+__device__ __forceinline__ T prepare(const ObjectiveChunk<Logit, T>& chunk, bool with_task) {
   const ObjectiveArguments<Logit>& a = chunk.a;
   const int heads = chunk.head_rows(), items = heads + (with_task ? chunk.rows : 0), own = threadIdx.x;
   const int64_t own_label = own < items ? label_of_row(chunk, own) : 0;  // on its way together with the logits
@@ -246,7 +246,7 @@ __device__ __forceinline__ void for_joint_rows(const Joints<T>& joints, const Ru
 }
 
 template <typename Logit, typename T>
-__device__ __forceinline__ void add_to_joints(const Chunk<Logit, T>& chunk) {
+__device__ __forceinline__ void add_to_joints(const ObjectiveChunk<Logit, T>& chunk) {
   const ObjectiveArguments<Logit>& a = chunk.a;
   const ObjectiveMemory<T>& memory = chunk.memory;
   const int stride = memory.joints.stride;
@@ -279,7 +279,7 @@ __device__ __forceinline__ T slopes(const ObjectiveArguments<Logit>& a, const Ob
 
 // Probabilities of the heads' rows become the gradient by their logits.
 template <typename Logit, typename T>
-__device__ __forceinline__ void gradients(const Chunk<Logit, T>& chunk) {
+__device__ __forceinline__ void gradients(const ObjectiveChunk<Logit, T>& chunk) {
   const Joints<T>& joints = chunk.memory.joints;
   for (int item = threadIdx.x; item < chunk.head_rows(); item += blockDim.x) {
     T* const row = chunk.memory.head_rows + item * joints.stride;
@@ -314,7 +314,7 @@ __global__ void __launch_bounds__(largest_objective_threads<Working<Logit>>)
   T cross_entropy = 0;
   int64_t begin = 0;
   for (;; begin += a.chunk) {
-    const Chunk<Logit, T> chunk(a, memory, begin);
+    const ObjectiveChunk<Logit, T> chunk(a, memory, begin);
     cross_entropy += prepare(chunk, true);
     __syncthreads();
     add_to_joints(chunk);
@@ -333,7 +333,7 @@ __global__ void __launch_bounds__(largest_objective_threads<Working<Logit>>)
   if (threadIdx.x >= blockDim.x - warp_size) write_losses(a, memory);  // a warp without gradients, if there is one
 
   for (bool is_there = true; begin >= 0; begin -= a.chunk, is_there = false) {
-    const Chunk<Logit, T> chunk(a, memory, begin);
+    const ObjectiveChunk<Logit, T> chunk(a, memory, begin);
     // No barriers here: a thread stages the numbers that it saved before, and has the same rows as in gradients().
     if (!is_there) prepare(chunk, false);
     gradients(chunk);
