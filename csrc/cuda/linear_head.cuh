@@ -37,7 +37,7 @@ constexpr unsigned largest_head_threads = sizeof(T) == 4 ? 512 : 256;
 
 constexpr int sum_rows = 8, sum_classes = 5;  // sums of a lane: samples or features, by classes
 constexpr int row_lanes = 4;                  // of one sample's softmax
-constexpr int smallest_chunk = 24;            // samples a buffer; shorter chunks cost more than they save
+constexpr int smallest_chunk = 24;            // samples; shorter chunks cost more than they save
 
 template <typename T>
 constexpr int pack_size = 16 / sizeof(T);
@@ -316,10 +316,10 @@ struct ChunkWalk {
 
 // The threads that bring what comes next: the upper half of the warps, which have no tile of sums in small heads.
 struct Fetchers {
-  int first, thread, threads;  // thread < 0: none of them
+  int thread, threads;  // thread < 0: none of them
 
   __device__ __forceinline__ Fetchers() {
-    first = blockDim.x / warp_size / 2 * warp_size;
+    const int first = blockDim.x / warp_size / 2 * warp_size;
     thread = static_cast<int>(threadIdx.x) - first, threads = static_cast<int>(blockDim.x) - first;
   }
 };
