@@ -115,7 +115,8 @@ struct ObjectiveChunk {
   int64_t begin;
   int rows;
 
-  __device__ __forceinline__ ObjectiveChunk(const ObjectiveArguments<Logit>& a, const ObjectiveMemory<T>& memory, int64_t begin)
+  __device__ __forceinline__ ObjectiveChunk(const ObjectiveArguments<Logit>& a, const ObjectiveMemory<T>& memory,
+                                            int64_t begin)
       : a(a), memory(memory), begin(begin), rows(static_cast<int>(a.n - begin < a.chunk ? a.n - begin : a.chunk)) {}
   __device__ __forceinline__ int head_rows() const { return rows * a.heads; }
   template <typename Stored>
