@@ -33,6 +33,7 @@ from torch.utils._pytree import tree_leaves
 
 from ffw_fast import extract, fusion, ops, philox, triton_backend
 from ffw_fast.backend import backend_info, without_folders
+from ffw_fast.convolutions import repeatable_convolutions
 from ffw_fast.gates import GateKind
 from ffw_fast.inputs import Problem
 from ffw_fast.loop import Loop
@@ -390,6 +391,7 @@ def workloads(dry: bool) -> Rows:
             yield {**row, "projected_on_a100": projected.graph}
 
 
+@repeatable_convolutions()  # as an extraction runs
 def measure(job: jobs.Job, precision: str, dry: bool) -> tuple[Parts, str]:
     """The parts of an epoch on a training set of the job's size; and whether the step is a CUDA graph."""
     device, model = device_of(dry), job.network()

@@ -5,8 +5,8 @@
 
 Fusing saves a launch and a pass over ``v``, but every tile of the output gates its weights anew, and Triton's launcher
 takes more of the CPU's time than the launch that it saves. Forward and backward of a layer on an H200 in microseconds,
-by ``ffw-fast bench gpu --only "masked layers"``, called as usual and replayed in a CUDA graph, which takes the device's
-time alone:
+called as usual and replayed in a CUDA graph, which takes the device's time alone (``ffw-fast bench gpu --only "masked
+layers"`` measures both; ``benchmarks/results/gpu-nvidia-h200.json`` has the first, ``-profile.txt`` the second):
 
                                            called                    in a graph
     layer, batch, dtype                    dense  pre-gated  fused   dense  pre-gated  fused
