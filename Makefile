@@ -21,7 +21,7 @@ test: venv
 docs: venv
 	$(BIN)/pip install --quiet --no-build-isolation -e '.[docs]'
 	$(BIN)/pdoc --docformat google --output-directory build/reference ffw_fast ffw_fast.theory \
-		ffw_fast.figures ffw_fast.report ffw_fast.run_folder ffw_fast.attribution
+		ffw_fast.figures ffw_fast.report ffw_fast.runs.reading ffw_fast.attribution
 
 # The C++ operators' tests under AddressSanitizer and UBSan, then under ThreadSanitizer; needs GCC's libraries of them.
 sanitize: venv

@@ -21,7 +21,7 @@ from ffw_fast.data import Splits
 from ffw_fast.data.samples import Samples
 from ffw_fast.extract import extract
 from ffw_fast.extraction import sparsity
-from ffw_fast.run import leakage
+from ffw_fast.leakage import leakage
 from ffw_fast.tables import Lines, print_table, spread
 
 KINDS = {"a new draw in every epoch": False, "one draw a fit": True}

@@ -22,8 +22,9 @@ from rich.table import Table
 from ffw_fast import run_state
 from ffw_fast.extract import extract
 from ffw_fast.progress import Progress
-from ffw_fast.run import Request, trained_vanilla
 from ffw_fast.run_state import RunState
+from ffw_fast.runs.biased_network import trained_vanilla
+from ffw_fast.runs.request import Request
 from ffw_fast.workloads import get_workload
 
 Row = dict[str, Any]

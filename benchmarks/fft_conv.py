@@ -2,7 +2,7 @@
 
 ``python -m ffw_fast.benchmarks.fft_conv [--batch 100 --size 28 --repeats 3]`` prints, for each layer, the
 times of the forward pass alone and with the gradients that the network needs (the first layer has none of its
-input), the direct convolution's FLOPs over both times, what the rule of ``ffw_fast.fft_conv`` estimates, and
+input), the direct convolution's FLOPs over both times, what the rule of ``ffw_fast.convolutions.fft`` estimates, and
 the memory of the spectra; then a whole step of the network, and a pass without gradients. Sides take turns,
 and the best of their times stands, because a disturbance only ever adds. A speed is reported only where the
 results agree.
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from ffw_fast import backend
 from ffw_fast.convolutions import use_cheapest_convolutions
-from ffw_fast.fft_conv import (
+from ffw_fast.convolutions.fft import (
     BatchInnermostPool,
     FftConv2d,
     direct_cost,

@@ -45,7 +45,7 @@ Rows = Iterator[dict[str, Any]]
 
 ROOT = Path(__file__).resolve().parents[1]
 TOLERANCE = 1e-3  # of the largest number, between a kernel and the plain-PyTorch one; no speed is told beyond it
-CUDA_TESTS = ("tests/cuda/test_gpu.py", "tests/test_step_graph.py", "tests/test_tensor_core_conv.py")
+CUDA_TESTS = ("tests/cuda/test_gpu.py", "tests/test_step_graph.py", "tests/convolutions/test_tensor_core.py")
 TRITON_TESTS = ("tests/kernels/cases",)
 TEST_SECONDS = 60  # a test that takes longer hangs
 WORKERS = 8  # processes that share the device, most of whose time goes into compiling Triton's kernels

@@ -18,10 +18,10 @@ from torch import nn
 from ffw_fast.data import Splits
 from ffw_fast.extraction import Extraction, sparsity
 from ffw_fast.inputs import prepare
+from ffw_fast.leakage import leakage
 from ffw_fast.loop import Loop
 from ffw_fast.optim import LR
 from ffw_fast.progress import Progress
-from ffw_fast.run import leakage
 from ffw_fast.run_state import RunState
 from ffw_fast.settings import Settings
 from ffw_fast.tables import Lines, print_table, spread

@@ -10,7 +10,7 @@ from typing import Any, Self
 
 import torch
 
-from ffw_fast.fft_conv import low_precision_rate
+from ffw_fast.convolutions.fft import low_precision_rate
 from ffw_fast.version import __version__
 
 MATRIX = 1536

@@ -34,8 +34,9 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from ffw_fast import fft_conv, heads, ops, optim, philox
+from ffw_fast import heads, ops, optim, philox
 from ffw_fast.autograd import MutualInformation
+from ffw_fast.convolutions import fft
 from ffw_fast.gates import GateKind, gate, gate_slope
 from ffw_fast.modules import MASKED_CLASSES, maskable_layers
 from ffw_fast.reference import StraightThroughGate
@@ -360,13 +361,13 @@ def fft_layer(layer: Layer, batch: int, mode: str) -> Work:
         return dense._conv_forward(x, weight, bias)  # type: ignore[operator]
 
     run = {
-        "ffw_fast": forward_or_both(lambda: fft_conv.fft_conv2d(x, weight, bias), (weight, x), grad, mode),
+        "ffw_fast": forward_or_both(lambda: fft.fft_conv2d(x, weight, bias), (weight, x), grad, mode),
         "eager": forward_or_both(plain, (weight, x), grad, mode),
         "compile": forward_or_both(torch.compile(plain), (weight, x), grad, mode),
     }
     flops, moved = layer_floor(layer, batch, mode)
-    lengths = (fft_conv.transform_length(size, taps) for size, taps in zip(x.shape[2:], weight.shape[2:], strict=True))
-    products = 6 * fft_conv.kept_frequencies(*lengths) * weight.shape[0] * weight.shape[1] * batch
+    lengths = (fft.transform_length(size, taps) for size, taps in zip(x.shape[2:], weight.shape[2:], strict=True))
+    products = 6 * fft.kept_frequencies(*lengths) * weight.shape[0] * weight.shape[1] * batch
     return Work(run, products * flops / (batch * layer.flops), moved)
 
 

@@ -17,7 +17,7 @@ from torch import nn
 from ffw_fast import extract, reference
 from ffw_fast.data.samples import Splits
 from ffw_fast.extraction import Extraction, sparsity
-from ffw_fast.run import leakage
+from ffw_fast.leakage import leakage
 from ffw_fast.settings import Settings
 from ffw_fast.vanilla import train_vanilla
 from ffw_fast.workloads import WORKLOADS

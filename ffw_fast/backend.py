@@ -23,7 +23,8 @@ from pathlib import Path
 
 import torch
 
-from ffw_fast import fft_conv, fusion, ops, triton_backend  # noqa: F401  (defines the operators, which come first)
+from ffw_fast import fusion, ops, triton_backend
+from ffw_fast.convolutions import fft  # noqa: F401  (and so does this)
 
 BACKENDS = ("auto", "cpp", "cuda", "triton", "torch")
 _BACKEND_VARIABLE = "FFW_FAST_BACKEND"

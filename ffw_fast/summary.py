@@ -6,7 +6,7 @@ from typing import Any
 
 from rich.table import Table
 
-from ffw_fast.run_folder import NETWORKS
+from ffw_fast.runs.reading import NETWORKS
 
 
 def metrics_table(metrics: dict[str, Any], bias_names: tuple[str, ...], num_bias_classes: int) -> Table:

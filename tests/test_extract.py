@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from ffw_fast import heads, reference
+from ffw_fast.convolutions.fft import FftConv2d, has_compiled_kernel
 from ffw_fast.evaluation import evaluate
 from ffw_fast.extract import extract
 from ffw_fast.extraction import Extraction
-from ffw_fast.fft_conv import FftConv2d, has_compiled_kernel
 from ffw_fast.gated_network import GatedNetwork
 from ffw_fast.gates import GateKind
 from tests.test_channels import Block

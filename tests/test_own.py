@@ -14,7 +14,7 @@ import ffw_fast
 from ffw_fast.cli import main
 from ffw_fast.data.stream import Stream
 from ffw_fast.own import find_function, load_weights, options_in_file, own_workload
-from ffw_fast.run import load_run
+from ffw_fast.runs.loading import load_run
 from tests.tiny import CLASSES, network, samples
 
 SHORT = ["--bottleneck", "relu", "--num-bias-classes", str(CLASSES), "--max-epochs", "2", "--batch-size", "10"]

@@ -3,7 +3,7 @@
 import re
 from statistics import mean
 
-from ffw_fast.comparison import Comparison
+from ffw_fast.comparison.record import Comparison
 from ffw_fast.figures.rows import Rows
 
 MAGNITUDE = re.compile(r"magnitude ([\d.]+)")

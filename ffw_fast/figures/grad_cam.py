@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 
 from ffw_fast.figures.rows import Rows
 from ffw_fast.figures.style import color, new_axes, new_figure
-from ffw_fast.run_folder import RunFolder, open_run
+from ffw_fast.runs.reading import RunFolder, open_run
 
 NETWORKS = ("vanilla", "pruned")
 HEAT = LinearSegmentedColormap.from_list("heat", [(0.95, 0.45, 0.1, 0.0), (0.95, 0.45, 0.1, 0.55), (1, 0.9, 0.3, 0.85)])

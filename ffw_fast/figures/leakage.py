@@ -6,7 +6,7 @@ from matplotlib.figure import Figure
 
 from ffw_fast.figures.rows import Rows
 from ffw_fast.figures.style import color, legend, new_axes, new_figure
-from ffw_fast.run_folder import RunFolder, open_run
+from ffw_fast.runs.reading import RunFolder, open_run
 
 
 def numbers(paths: list[Path]) -> Rows:

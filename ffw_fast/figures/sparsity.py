@@ -5,7 +5,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from ffw_fast.comparison import read_comparison
+from ffw_fast.comparison.record import read_comparison
 from ffw_fast.figures.comparisons import comparison_rows
 from ffw_fast.figures.rows import Rows, groups, spread
 from ffw_fast.figures.style import color, label_line, legend, new_axes, new_figure

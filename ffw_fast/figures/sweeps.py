@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from ffw_fast.figures.rows import Rows, groups, spread
 from ffw_fast.figures.style import color, label_line, legend, new_axes, new_figure
-from ffw_fast.run_folder import RunFolder, find_runs
+from ffw_fast.runs.reading import RunFolder, find_runs
 
 SERIES_COLORS = (("pruned", "warm"), ("best", "plum"))  # of task and bias accuracy, for each schedule
 

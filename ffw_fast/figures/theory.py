@@ -6,7 +6,7 @@ from matplotlib.figure import Figure
 
 from ffw_fast.figures.rows import Rows, groups
 from ffw_fast.figures.style import color, legend, new_axes, new_figure
-from ffw_fast.run_folder import find_runs
+from ffw_fast.runs.reading import find_runs
 from ffw_fast.theory import normalized_bias_output_information
 
 STEPS = 100

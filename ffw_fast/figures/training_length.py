@@ -6,7 +6,7 @@ from matplotlib.figure import Figure
 
 from ffw_fast.figures.rows import Rows
 from ffw_fast.figures.sweeps import draw_against, run_rows
-from ffw_fast.run_folder import RunFolder
+from ffw_fast.runs.reading import RunFolder
 
 
 def numbers(paths: list[Path]) -> Rows:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from ffw_fast.comparison import read_comparison
+from ffw_fast.comparison.record import read_comparison
 from ffw_fast.figures.comparisons import comparison_rows
 from ffw_fast.figures.rows import Rows, groups
 from ffw_fast.figures.style import label_line, legend_below, new_axes, new_figure, series_color

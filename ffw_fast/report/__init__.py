@@ -6,10 +6,10 @@ Jinja2 and Matplotlib are the extra ``report``.
 import os
 from pathlib import Path
 
-from ffw_fast.comparison import RESULTS
+from ffw_fast.comparison.record import RESULTS
 from ffw_fast.files import written_whole
-from ffw_fast.run_folder import REPORT, open_run
-from ffw_fast.sweep_table import TABLE
+from ffw_fast.runs.reading import REPORT, open_run
+from ffw_fast.sweep.table import TABLE
 
 MISSING = "the report needs Jinja2 and Matplotlib: pip install 'ffw_fast[report]'"
 

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from ffw_fast.comparison import (
+from ffw_fast.comparison.record import (
     Comparison,
     comparison_lines,
     cost_columns,

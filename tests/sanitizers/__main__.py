@@ -12,7 +12,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-TESTS = ["tests/test_ops.py", "tests/test_awkward_tensors.py", "tests/test_fft_conv.py"]
+TESTS = ["tests/test_ops.py", "tests/test_awkward_tensors.py", "tests/convolutions/test_fft.py"]
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 LINKED = {"address": "-fsanitize=address,undefined", "thread": "-fsanitize=thread"}

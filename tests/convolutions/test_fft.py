@@ -13,9 +13,8 @@ import pytest
 import torch
 from torch import nn
 
-from ffw_fast import fft_conv
-from ffw_fast.convolutions import use_cheapest_convolutions
-from ffw_fast.fft_conv import (
+from ffw_fast.convolutions import fft, use_cheapest_convolutions
+from ffw_fast.convolutions.fft import (
     BatchInnermostPool,
     FftConv2d,
     fft_conv2d,
@@ -56,7 +55,7 @@ def kernels(request):
 
 @pytest.fixture
 def compiled_convolution(compiled):
-    if not fft_conv.has_compiled_kernel():
+    if not fft.has_compiled_kernel():
         pytest.skip("the compiled CPU kernels were built without the FFT convolution")
 
 
@@ -187,8 +186,8 @@ def test_threads_change_no_bit(compiled_convolution, restore_threads):
 
 OTHER_INSTRUCTIONS = """
 import torch
-from ffw_fast import fft_conv
-from tests.test_fft_conv import SHAPES, arguments, by_fft, direct, rms
+from ffw_fast.convolutions import fft
+from tests.convolutions.test_fft import SHAPES, arguments, by_fft, direct, rms
 kernels = torch.ops.ffw_fast.fft_conv2d.default, torch.ops.ffw_fast.fft_conv2d_backward.default
 for shape in SHAPES[3:]:
     given = arguments(shape)
@@ -219,8 +218,8 @@ def test_opcheck(leave_out):
 
 
 def test_gradcheck(monkeypatch):
-    monkeypatch.setattr(fft_conv, "_forward", fft_conv2d_default)
-    monkeypatch.setattr(fft_conv, "_backward", fft_conv2d_backward_default)
+    monkeypatch.setattr(fft, "_forward", fft_conv2d_default)
+    monkeypatch.setattr(fft, "_backward", fft_conv2d_backward_default)
     x, weight, bias, _ = arguments((2, 2, 1, 3, 4, 3, 5), torch.float64)
     leaves = [part.requires_grad_() for part in (x, weight, bias)]
     assert torch.autograd.gradcheck(fft_conv2d, leaves, fast_mode=True)
@@ -258,12 +257,12 @@ def test_two_graphs_at_once_keep_their_spectra_apart():
 def test_memory_is_used_again():
     x, weight, bias, _ = arguments((5, 3, 4, 9, 8, 5, 3))
     weight.requires_grad_()
-    fft_conv.release_memory()
+    fft.release_memory()
     for _ in range(3):
         fft_conv2d(x, weight, bias).sum().backward()
-    assert len(fft_conv._free_memory) == 1
-    fft_conv.release_memory()
-    assert not fft_conv._free_memory
+    assert len(fft._free_memory) == 1
+    fft.release_memory()
+    assert not fft._free_memory
 
 
 @pytest.mark.parametrize(
@@ -295,7 +294,7 @@ def test_transform_lengths():
     assert transform_length(1, 11) == 12
     assert kept_frequencies(32, 32) == 514
     for height, width in ((4, 5), (9, 9), (6, 2)):
-        rows, _ = fft_conv._frequencies(height, width, torch.device("cpu"))
+        rows, _ = fft._frequencies(height, width, torch.device("cpu"))
         assert len(rows) == kept_frequencies(height, width)
 
 
@@ -369,7 +368,7 @@ def test_other_precisions_are_left_alone(compiled_convolution):
 
 @pytest.mark.parametrize(("rate", "dtype"), [(0.5, torch.float32), (2.0, torch.float32), (50.0, torch.bfloat16)])
 def test_under_autocast_the_cheaper_way_is_taken(compiled_convolution, monkeypatch, rate, dtype):
-    monkeypatch.setattr(fft_conv, "low_precision_rate", lambda: rate)
+    monkeypatch.setattr(fft, "low_precision_rate", lambda: rate)
     layer = FftConv2d(32, 64, 7, padding=3)
     x = torch.randn(2, 32, 28, 28)
     exact = nn.functional.conv2d(x.double(), layer.weight.detach().double(), padding=3).float()
@@ -384,7 +383,7 @@ def test_under_autocast_the_cheaper_way_is_taken(compiled_convolution, monkeypat
 
 
 def test_this_processor_has_a_rate():
-    assert fft_conv.low_precision_rate() in (0.5, 2.0, 8.0)
+    assert fft.low_precision_rate() in (0.5, 2.0, 8.0)
 
 
 def test_batch_innermost_pool():

@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from ffw_fast.convolutions import cheapest_convolutions, use_cheapest_convolutions
-from ffw_fast.fft_conv import has_compiled_kernel
+from ffw_fast.convolutions.fft import has_compiled_kernel
+from ffw_fast.convolutions.unrolled import UnrolledConv2d, is_worth_unrolling, live_taps
 from ffw_fast.models import ResNet18
-from ffw_fast.unrolled_conv import UnrolledConv2d, is_worth_unrolling, live_taps
 
 needs_fft = pytest.mark.skipif(not has_compiled_kernel(), reason="the FFT convolution is not compiled")
 

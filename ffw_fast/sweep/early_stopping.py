@@ -12,7 +12,8 @@ from pathlib import Path
 from statistics import mean
 from typing import Any, Self
 
-from ffw_fast.engines import (
+from ffw_fast.run_lock import locked
+from ffw_fast.sweep.engines import (
     BAD_INPUT,
     POLL_SECONDS,
     Job,
@@ -22,8 +23,7 @@ from ffw_fast.engines import (
     end_processes,
     start_process,
 )
-from ffw_fast.run_lock import locked
-from ffw_fast.sweep_table import STOPPED
+from ffw_fast.sweep.table import STOPPED
 
 SCHEDULERS = ("async_hyperband", "median_stopping_rule")  # of Ray Tune's, those that end trials and never pause them
 METRICS = {"val_task_accuracy": "max", "val_bias_accuracy": "min", "val_mi": "min", "loss": "min"}

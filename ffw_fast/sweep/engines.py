@@ -3,6 +3,7 @@
 import contextlib
 import os
 import re
+import runpy
 import socket
 import subprocess
 import sys
@@ -177,19 +178,22 @@ def _first_line(error: BaseException) -> str:
 
 
 def run_job(job: Job) -> int:
-    """Run the job in this process, with its output in its log; the exit code."""
+    """Run the job in this process, as ``python -m ffw_fast`` would, with its output in its log; the exit code."""
     import torch
-
-    from ffw_fast.cli import main  # the command line knows engines, and this one knows the command line
 
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     job.folder.mkdir(parents=True, exist_ok=True)
+    own, sys.argv = sys.argv, ["ffw-fast", *job.arguments]
     with (job.folder / LOG).open("a") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
         try:
-            return main(job.arguments)
+            runpy.run_module("ffw_fast", run_name="__main__")
+        except SystemExit as end:
+            return int(end.code or 0)
         except Exception:
             traceback.print_exc()
-            return 1  # as Python itself ends
+        finally:
+            sys.argv = own
+    return 1  # as Python itself ends
 
 
 def describe_failure(code: int, folder: Path) -> str:

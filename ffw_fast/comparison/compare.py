@@ -15,16 +15,20 @@ from typing import Any
 import torch
 from torch import nn
 
-from ffw_fast.baselines import MAGNITUDE_SPARSITIES, prune_by_magnitude, refit_last_layer, train_on_unbiased
 from ffw_fast.compact import compact
-from ffw_fast.comparison import RESULTS, Comparison, Rows, read_comparison
+from ffw_fast.comparison.baselines import MAGNITUDE_SPARSITIES, prune_by_magnitude, refit_last_layer, train_on_unbiased
+from ffw_fast.comparison.record import RESULTS, Comparison, Rows, read_comparison
 from ffw_fast.data.samples import Inputs, Splits
 from ffw_fast.extract import extract
 from ffw_fast.extraction import Extraction, sparsity
+from ffw_fast.leakage import leakage
 from ffw_fast.progress import Progress
-from ffw_fast.run import Request, check_folder, extraction_task, how_made, leakage, trained_vanilla
 from ffw_fast.run_lock import locked
 from ffw_fast.run_state import OtherRunError, check_same_run
+from ffw_fast.runs.biased_network import trained_vanilla
+from ffw_fast.runs.request import Request, how_made
+from ffw_fast.runs.run import extraction_task
+from ffw_fast.runs.writing import check_folder
 from ffw_fast.settings import Settings
 
 BASELINE_STEPS = 3600  # of the baselines that train on the unbiased set; the best epoch by validation is kept

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from ffw_fast.cli import main
-from ffw_fast.early_stopping import EPOCHS, new_rows, value_of
 from ffw_fast.progress import EpochLines, Progress
-from tests.test_sweep import RESULTS, digits, in_this_process, settings, table  # noqa: F401
+from ffw_fast.sweep.early_stopping import EPOCHS, new_rows, value_of
+from tests.sweep.test_sweep import RESULTS, digits, in_this_process, settings, table  # noqa: F401
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

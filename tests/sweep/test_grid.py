@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ffw_fast.grid import accept_grids, combinations, parse_values
+from ffw_fast.sweep.grid import accept_grids, combinations, parse_values
 
 
 @given(st.integers(-50, 50), st.integers(0, 20), st.lists(st.integers(100, 200), unique=True, max_size=4))

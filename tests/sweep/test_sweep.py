@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-import ffw_fast.engines as engines
+import ffw_fast.sweep.engines as engines
 from ffw_fast.cli import main
-from ffw_fast.engines import Job, LocalProcesses, run_job
-from ffw_fast.sweep import trial_name
+from ffw_fast.sweep.engines import Job, LocalProcesses, run_job
+from ffw_fast.sweep.trials import trial_name
 from tests.data.conftest import write_mnist
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -1,0 +1,1 @@
+"""Runs of workloads in folders: asked for, run, written so that they can be taken up again, and read."""

@@ -1,0 +1,103 @@
+"""The biased network of a run: trained once, kept in the run's folder, and taken from there the next time."""
+
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from torch import Tensor, nn
+
+from ffw_fast.data.samples import Splits
+from ffw_fast.distributed import Alone
+from ffw_fast.files import digest, read_json, read_tensors, write_json, write_tensors
+from ffw_fast.progress import Progress
+from ffw_fast.run_lock import locked
+from ffw_fast.run_state import Checkpoints, RunState
+from ffw_fast.runs.request import Request, check_device, vanilla_identity, vanilla_options
+from ffw_fast.runs.writing import STAGING, check_folder, clear_results, remove_leftovers
+from ffw_fast.vanilla import train_vanilla
+
+VANILLA = "vanilla.safetensors"
+VANILLA_RECORD = "vanilla.json"
+VANILLA_CHECKPOINTS = Checkpoints.named("vanilla.checkpoint")  # while it is trained
+
+
+def prepare_vanilla(request: Request, progress: Progress) -> None:
+    """Train the biased network alone, into the run folder, unless it is there already.
+
+    Raises:
+        OSError, ValueError, ImportError, FloatingPointError: as in ``run_workload``.
+    """
+    check_device(request.device)
+    check_folder(request.out)
+    with locked(request.out), progress:
+        remove_leftovers(request.out)
+        progress.stage("data")
+        splits = request.workload.load(request.data_dir, request.seed, **vanilla_options(request))
+        trained_vanilla(request, splits, progress)
+
+
+def shared_vanilla(request: Request, splits: Splits, progress: Progress, group: Alone) -> nn.Module:
+    """The biased network on every process; the first one trains it."""
+    vanilla = group.together(lambda: group.first(lambda: trained_vanilla(request, splits, progress)))
+    if vanilla is None:
+        vanilla = request.workload.build_model(request.seed).to(request.device or "cpu").eval()
+    group.copy_(*vanilla.state_dict().values())
+    return vanilla
+
+
+def trained_vanilla(request: Request, splits: Splits, progress: Progress) -> nn.Module:
+    """The biased network: as it comes if it is trained, else the run folder's if it was trained so there, else new.
+
+    A training that was cut off goes on from its checkpoint where that is of the same network.
+    """
+    recipe, settings = request.recipe, request.settings
+    model = request.workload.build_model(request.seed)
+    record = {**vanilla_identity(request), "samples": splits.vanilla and len(splits.vanilla.y)}
+    if recipe is None or splits.vanilla is None:
+        if not (request.resume and (request.out / VANILLA).exists()):  # the checkpoint is checked against the weights
+            _keep_vanilla(request.out, record, model)
+        return model.to(request.device or "cpu").eval()
+    if (kept := _kept_vanilla(request.out, record)) is not None:
+        model.load_state_dict(kept)
+        VANILLA_CHECKPOINTS.remove_from(request.out)  # which a kill may have left
+        return model.to(request.device or "cpu").eval()
+    progress.stage("vanilla training", recipe.epochs)
+    with RunState(request.out, record, resume=True, files=VANILLA_CHECKPOINTS) as state:
+        train_vanilla(
+            model,
+            splits.vanilla,
+            recipe,
+            seed=request.seed,
+            device=request.device,
+            precision="bf16" if settings.precision == "bf16" else "fp32",
+            val=splits.val,
+            on_epoch=lambda epoch, loss: progress.tick(epoch, f"loss {loss:.4f}"),
+            state=state,
+        )
+    if not request.resume:  # else the checkpoint is checked against these weights
+        clear_results(request.out)
+    _keep_vanilla(request.out, record, model)
+    VANILLA_CHECKPOINTS.remove_from(request.out)
+    return model
+
+
+def _kept_vanilla(out: Path, record: dict[str, Any]) -> dict[str, Tensor] | None:
+    """The weights of the folder's biased network, if it is whole and was trained as the record says."""
+    try:
+        kept, (weights, _) = read_json(out / VANILLA_RECORD), read_tensors(out / VANILLA)
+    except (OSError, ValueError):
+        return None
+    return weights if kept == {**record, "weights": _digest(weights)} else None
+
+
+def _keep_vanilla(out: Path, record: dict[str, Any], model: nn.Module) -> None:
+    weights = {name: value.contiguous().cpu() for name, value in model.state_dict().items()}
+    with TemporaryDirectory(dir=out, prefix=STAGING) as staging:
+        write_tensors(Path(staging) / VANILLA, weights)
+        write_json(Path(staging) / VANILLA_RECORD, {**record, "weights": _digest(weights)})
+        for name in (VANILLA, VANILLA_RECORD):
+            (Path(staging) / name).replace(out / name)
+
+
+def _digest(weights: dict[str, Tensor]) -> str:
+    return digest(*(weights[name] for name in sorted(weights)))

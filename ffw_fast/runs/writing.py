@@ -1,0 +1,69 @@
+"""What a run writes into its folder: all of it or nothing, and never over what another run left before it has more."""
+
+import shutil
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from ffw_fast.attribution import explain
+from ffw_fast.data.samples import Samples
+from ffw_fast.extraction import BEST_SCORES, CONFIG, HISTORY, METRICS, MODEL, SCORES, Extraction
+from ffw_fast.files import read_json, sync_folder, write_json, write_tensors
+from ffw_fast.run_state import CHECKPOINT, PREVIOUS, check_same_run
+from ffw_fast.runs.reading import EXAMPLES, REPORT
+
+# Of one extraction from one network.
+RESULTS = (CHECKPOINT, PREVIOUS, SCORES, BEST_SCORES, MODEL, METRICS, HISTORY, EXAMPLES, REPORT)
+STAGING = ".writing-"
+MAY_DIFFER = (  # between resumed runs
+    "title", "settings", "correlations", "max_epochs", "samples", "input_shape", "device", "versions", "machine",
+    "backend",
+)  # fmt: skip
+
+
+def check_folder(out: Path) -> None:
+    """Make the folder; ``OSError`` with its name where it cannot be made or written."""
+    if out.exists() and not out.is_dir():
+        raise NotADirectoryError(f"the run folder {out} is a file")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(dir=out, prefix=STAGING):
+            pass
+    except OSError as error:
+        raise type(error)(f"the run folder {out} cannot be written: {error.strerror or error}") from error
+
+
+def check_resumed(out: Path, config: dict[str, Any]) -> None:
+    """``OtherRunError`` where the folder holds another run than the one that is to be continued."""
+    if not (out / CONFIG).exists():
+        return
+    check_same_run(f"{out} holds another run, which cannot be resumed", read_json(out / CONFIG), config, MAY_DIFFER)
+
+
+def remove_leftovers(out: Path) -> None:
+    """Remove what a run that was killed left half written."""
+    for path in out.glob(f"{STAGING}*"):
+        shutil.rmtree(path, ignore_errors=True)
+    for pattern in ("*.tmp", "*.new"):
+        for path in out.glob(pattern):
+            path.unlink(missing_ok=True)
+
+
+def clear_results(out: Path) -> None:
+    """Remove what another extraction left, so that no file belongs to another run than the one beside it."""
+    for name in RESULTS:
+        (out / name).unlink(missing_ok=True)
+
+
+def write_results(out: Path, found: Extraction, config: dict[str, Any], metrics: dict[str, Any], test: Samples) -> None:
+    """Write the extraction and the run's own records beside it, then move all of it into the folder at once."""
+    with TemporaryDirectory(dir=out, prefix=STAGING) as staging:
+        found.save(staging)
+        if examples := explain({"vanilla": found.dense_model.eval(), "pruned": found.model()}, test):
+            write_tensors(Path(staging) / EXAMPLES, examples)
+        write_json(Path(staging) / CONFIG, config)
+        write_json(Path(staging) / METRICS, metrics)
+        (out / REPORT).unlink(missing_ok=True)  # it is of what stood here before
+        for path in sorted(Path(staging).iterdir(), key=lambda path: path.name == METRICS):  # it comes last
+            path.replace(out / path.name)
+        sync_folder(out)
