@@ -8,6 +8,7 @@ BENCHES = {
     "fft_conv": "SimpleConvNet's convolutions by FFT against direct ones",
     "bise": "the full schedule of BISE against its reference",
     "roofline": "Table 8 on an A100, on paper: floors of all kernels and a projection, without a GPU",
+    "step_profile": "where the time of a training step goes, kernel by kernel, on the CPU or on a GPU",
     "gpu": "on a CUDA machine: build, kernel tests, operators and Table 8; --dry on the CPU",
     "cooling": "what a fall of T does to the gates: the published tenfold cut beside the adaptive schedule",
     "annealing": "what the adaptive schedule adds to a step of the gates, for every kind of gate",

@@ -22,8 +22,8 @@ from torch import Tensor, nn
 
 from ffw_fast import backend
 from ffw_fast.convolutions import use_cheapest_convolutions
+from ffw_fast.convolutions.batch_innermost import BatchInnermostGlobalPool
 from ffw_fast.convolutions.fft import (
-    BatchInnermostPool,
     FftConv2d,
     direct_cost,
     fft_conv2d,
@@ -123,7 +123,7 @@ def everywhere_by_fft(model: nn.Module) -> None:
         if type(module) is nn.Conv2d:
             module.__class__ = FftConv2d
         if type(module) is nn.AdaptiveAvgPool2d:
-            module.__class__ = BatchInnermostPool
+            module.__class__ = BatchInnermostGlobalPool
 
 
 def step_of(model: nn.Module, x: Tensor, labels: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from ffw_fast.benchmarks.gpu_sections import ROOT, SECTIONS, missing
+from ffw_fast.benchmarks.step_profile import profile_table
 from rich.table import Table
 
 from ffw_fast.tables import print_table
@@ -73,7 +74,10 @@ def show(results: dict[str, dict[str, Any]]) -> None:
                 print(f"  {'passed' if row['passed'] else 'FAILED'}: {row.get('summary', row['command'])}")
             for line in row.get("failed", []):
                 print(f"  {line}")
-        if rows and rows[0].keys() & {"operator", "workload", "layer"}:
+        if name == "step kernels":
+            for row in rows:
+                print_table(profile_table(row)) if "kernels" in row else print_facts([row])
+        elif rows and rows[0].keys() & {"operator", "workload", "layer"}:
             print_table(_table(name, rows))
         elif name == "here":
             print_facts(rows)

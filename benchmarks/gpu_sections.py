@@ -26,7 +26,8 @@ from typing import Any
 import torch
 from ffw_fast.benchmarks import jobs, machine, roofline
 from ffw_fast.benchmarks.operators import forward_or_both, layer_tensors
-from ffw_fast.benchmarks.table8 import EPOCHS, Parts, feature_width, measure_reference, settings_of
+from ffw_fast.benchmarks.step_profile import profile_step
+from ffw_fast.benchmarks.table8 import EPOCHS, Parts, measure_reference, new_loop
 from ffw_fast.benchmarks.whole import train_biased
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
@@ -35,8 +36,6 @@ from ffw_fast import extract, fusion, ops, philox, triton_backend
 from ffw_fast.backend import backend_info, without_folders
 from ffw_fast.convolutions import repeatable_convolutions
 from ffw_fast.gates import GateKind
-from ffw_fast.inputs import Problem
-from ffw_fast.loop import Loop
 from ffw_fast.modules import MASKED_CLASSES
 from ffw_fast.optim import BETAS, EPS, WEIGHT_DECAY
 from ffw_fast.workloads import WORKLOADS
@@ -394,10 +393,9 @@ def workloads(dry: bool) -> Rows:
 @repeatable_convolutions()  # as an extraction runs
 def measure(job: jobs.Job, precision: str, dry: bool) -> tuple[Parts, str]:
     """The parts of an epoch on a training set of the job's size; and whether the step is a CUDA graph."""
-    device, model = device_of(dry), job.network()
+    device = device_of(dry)
     samples, val = (jobs.random_samples(job, count).to(device) for count in (job.train, job.val))
-    width = feature_width(job, model)
-    loop = Loop(Problem(settings_of(job, precision), model.to(device), samples, val, width))
+    loop = new_loop(job, precision, samples, val)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         loop._train_gates()  # warms up, and captures the graph
@@ -410,6 +408,16 @@ def measure(job: jobs.Job, precision: str, dry: bool) -> tuple[Parts, str]:
     loop.heads.fit(features, samples.b)
     head = (time.perf_counter() - start) / (loop.heads.epochs - started_at)
     return Parts(step, feature, head), graph
+
+
+def step_kernels(dry: bool) -> Rows:
+    """Where the time of a step of each workload goes, kernel by kernel."""
+    for job in jobs.TINY_JOBS if dry else jobs.JOBS[::-1]:
+        for precision in ("fp32",) if dry else ("fp32", "bf16"):
+            try:
+                yield profile_step(job, precision, device_of(dry))
+            except Exception as problem:  # a failure leaves the other workloads
+                yield {"workload": job.name, "precision": precision, "problem": told(problem)}
 
 
 def whole(dry: bool) -> Rows:
@@ -488,6 +496,7 @@ SECTIONS = {  # what matters most comes first: what is late is cut off
     "operators": Section(operators, 70),
     "workloads": Section(workloads, 80),
     "whole": Section(whole, 140),
+    "step kernels": Section(step_kernels, 30),
     "masked layers": Section(masked_layers, 60),
     "triton tests": Section(triton_tests, 100),
     "sanitized": Section(sanitized, 50),

@@ -26,6 +26,7 @@ from rich.table import Table
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from ffw_fast.data.samples import Samples
 from ffw_fast.inputs import Problem
 from ffw_fast.loop import Loop
 from ffw_fast.reference import Reference
@@ -70,18 +71,24 @@ def settings_of(job: Job, precision: str) -> Settings:
     return Settings(job.bottleneck, job.classes, batch_size=job.batch_size, precision=precision)
 
 
-def measure_fast(job: Job, model: nn.Module, steps: int, precision: str) -> Parts:
+def new_loop(job: Job, precision: str, train: Samples, val: Samples) -> Loop:
+    """``ffw_fast``'s own loop before its first step, on the device of the samples."""
+    model = job.network().eval()
+    width = feature_width(job, model)
+    return Loop(Problem(settings_of(job, precision), model.to(train.y.device), train, val, width))
+
+
+def measure_fast(job: Job, steps: int, precision: str) -> Parts:
     """Times of ``ffw_fast``'s own loop, on a training set of ``steps`` minibatches."""
     samples = random_samples(job, steps * job.batch_size)
-    width = feature_width(job, model)
-    loop = Loop(Problem(settings_of(job, precision), model, samples, samples, width))
+    loop = new_loop(job, precision, samples, samples)
     minibatches = chain.from_iterable(loop._batches() for _ in count())
 
     def gate_step() -> None:
         loop.step_graph(*next(minibatches))
 
     feature = seconds(lambda: loop.network.features(samples.x), 3) / len(samples.y)
-    features = torch.randn(job.train, width)
+    features = torch.randn(job.train, loop.heads.weight.shape[2])
     labels = torch.randint(job.classes, (job.train, job.biases))
     started_at, start = loop.heads.epochs, time.perf_counter()
     loop.heads.fit(features, labels)
@@ -122,7 +129,7 @@ def measure_job(job: Job, steps: int, precisions: tuple[str, ...]) -> dict[str, 
     model = job.network().eval()
     row: dict[str, Any] = {"workload": job.name, "paper_seconds": job.paper_seconds, "steps_measured": steps}
     row["reference"] = measure_reference(job, model, steps, "fp32")
-    return row | {precision: measure_fast(job, model, steps, precision) for precision in precisions}
+    return row | {precision: measure_fast(job, steps, precision) for precision in precisions}
 
 
 def multiplied_out(job: Job, parts: dict[str, Any], rates: Rates, precisions: tuple[str, ...]) -> dict[str, Any]:

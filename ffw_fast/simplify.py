@@ -2,10 +2,11 @@
 
 Batch norm in eval mode is an affine map per channel; where it alone reads the output of a layer, it folds into that
 layer's frozen weight and bias (``w' = w a``): the gate multiplies ``w'``, the bias is not gated, and the scores'
-gradient is the same. A ReLU that alone reads a layer's output may overwrite it.
+gradient is the same. A ReLU that alone reads a layer's output, or a sum, may overwrite it.
 """
 
 import copy
+import operator
 from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -63,9 +64,16 @@ def fold_batch_norms(model: nn.Module, graph: fx.Graph, bottleneck: str = "") ->
 
 
 def overwrite_in_relus(model: nn.Module, graph: fx.Graph, bottleneck: str = "") -> None:
-    """Let every ``nn.ReLU`` that alone reads a Conv's, Linear's or folded batch norm's output overwrite it."""
-    for _, relu_name in _pairs(model, graph, nn.ReLU, bottleneck):
-        relu: Any = model.get_submodule(relu_name)
+    """Let every ``nn.ReLU`` overwrite what it alone reads: a sum, a Conv's, Linear's or folded batch norm's output."""
+    names = [relu_name for _, relu_name in _pairs(model, graph, nn.ReLU, bottleneck)]
+    runs = _runs(graph)
+    for node in graph.nodes:
+        if isinstance(module_of(model, node), nn.ReLU) and runs[node.target] == 1 and node.args:
+            (source,) = node.args
+            if _is_read_once(source, bottleneck) and source.target is operator.add:  # which keeps nothing for later
+                names.append(str(node.target))
+    for name in names:
+        relu: Any = model.get_submodule(name)
         relu.inplace = True
 
 
@@ -74,7 +82,7 @@ def _pairs(model: nn.Module, graph: fx.Graph, reader: type[nn.Module], bottlenec
 
     What is read as the bottleneck has two readers.
     """
-    runs = Counter(node.target for node in graph.nodes if node.op == "call_module")
+    runs = _runs(graph)
     for node in graph.nodes:
         if not isinstance(module_of(model, node), reader):
             continue
@@ -87,6 +95,11 @@ def _pairs(model: nn.Module, graph: fx.Graph, reader: type[nn.Module], bottlenec
             continue
         if runs[source.target] == runs[node.target] == 1:
             yield source.target, str(node.target)
+
+
+def _runs(graph: fx.Graph) -> Counter[Any]:
+    """How often each module runs, by name."""
+    return Counter(node.target for node in graph.nodes if node.op == "call_module")
 
 
 def _is_read_once(node: Any, bottleneck: str) -> bool:

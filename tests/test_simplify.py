@@ -122,3 +122,29 @@ def test_folded_gradients_of_the_scores_equal_the_unfolded_ones(model, x):
     overwrite_in_relus(cheap, graph)
     for folded, plain in zip(score_gradients(cheap), score_gradients(model), strict=True):
         assert torch.allclose(folded, plain, rtol=1e-4, atol=1e-5 * plain.abs().max())
+
+
+class Shortcuts(nn.Module):
+    """Two sums: one is read by its ReLU alone, the other by something else, too."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.alone, self.shared = nn.ReLU(), nn.ReLU()
+
+    def forward(self, x):
+        x = self.alone(self.first(x) + x)
+        total = self.second(x) + x
+        return self.shared(total) * total
+
+
+def test_a_relu_overwrites_a_sum_that_nothing_else_reads():
+    model, x = Shortcuts(), torch.randn(5, 4)
+    cheap = copy.deepcopy(model)
+    overwrite_in_relus(cheap, fx.Tracer().trace(cheap))
+    assert cheap.alone.inplace and not cheap.shared.inplace
+    for network in (model, cheap):
+        network(x).square().sum().backward()
+    assert torch.equal(cheap(x), model(x))
+    for ours, theirs in zip(cheap.parameters(), model.parameters(), strict=True):
+        assert torch.equal(ours.grad, theirs.grad)

@@ -1,8 +1,8 @@
 """The cheapest exact way to each convolution of a network, chosen by shapes alone.
 
 On the CPU images of a few pixels are multiplied by one matrix (``unrolled``), and where FFTs need fewer FLOPs they are
-used (``fft``). On a GPU all of them are cuDNN's, of images as tensor cores read them (``tensor_core``). Everything else
-stays PyTorch's own.
+used (``fft``), with the layers between them in the same order of memory (``batch_innermost``). On a GPU all of them are
+cuDNN's, of images as tensor cores read them (``tensor_core``). Everything else stays PyTorch's own.
 """
 
 from collections.abc import Iterator
@@ -11,7 +11,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from ffw_fast.convolutions.fft import BatchInnermostPool, FftConv2d, can_use_fft, has_compiled_kernel, is_worth_it
+from ffw_fast.convolutions.batch_innermost import keep_batch_innermost
+from ffw_fast.convolutions.fft import FftConv2d, can_use_fft, has_compiled_kernel, is_worth_it
 from ffw_fast.convolutions.tensor_core import TensorCoreConv2d
 from ffw_fast.convolutions.unrolled import UnrolledConv2d, is_worth_unrolling
 
@@ -22,8 +23,8 @@ Sizes = set[tuple[int, int]]
 def use_cheapest_convolutions(model: nn.Module, example: Tensor) -> dict[str, str]:
     """Choose for each ``nn.Conv2d`` of a model, in place.
 
-    Only the class of such a layer changes, so parameters, hooks and names stay as they are. Behind FFT convolutions a
-    global average pool keeps the batch innermost, too. A batch norm does not, so it is best folded before.
+    Only the class of such a layer changes, so parameters, hooks and names stay as they are. Between FFT convolutions
+    the other ones, batch norms and pools keep the batch innermost, too.
 
     Args:
         model: any module; it is run once, without gradients, in the mode that it is in.
@@ -41,10 +42,8 @@ def use_cheapest_convolutions(model: nn.Module, example: Tensor) -> dict[str, st
     for name, way in chosen.items():
         if way is not None:
             model.get_submodule(name).__class__ = CLASSES[way]
-    if "fft" in chosen.values():
-        for module in model.modules():
-            if type(module) is nn.AdaptiveAvgPool2d and module.output_size in (1, (1, 1)):
-                module.__class__ = BatchInnermostPool
+    if by_fft := sum(way == "fft" for way in chosen.values()):
+        keep_batch_innermost(model, by_fft)
     return {name: way for name, way in chosen.items() if way is not None}
 
 

@@ -30,6 +30,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ffw_fast.convolutions.batch_innermost import new_batch_innermost
+
 LARGEST_KERNEL = 11
 LARGEST_IMAGE = 240
 
@@ -111,17 +113,6 @@ def _check_sizes(x_spectrum: Tensor | None, weight_spectrum: Tensor | None, size
                 f"{name} must have shape {(size,)}, got {tuple(spectrum.shape)}"
             ),
         )
-
-
-def _new_batch_innermost(like: Tensor, images: int, channels: int, height: int, width: int) -> Tensor:
-    """Uninitialised, in memory order CHWN; no view of another tensor, so that it may be overwritten."""
-    strides = (1, height * width * images, width * images, images)
-    return like.new_empty_strided((images, channels, height, width), strides)
-
-
-def _batch_innermost(x: Tensor) -> Tensor:
-    """A copy of (N, C, H, W) in memory order CHWN."""
-    return _new_batch_innermost(x, *x.shape).copy_(x)
 
 
 # Spectra of the default kernels: complex [frequency, row, column] -------------------------------------------
@@ -206,14 +197,15 @@ def fft_conv2d_default(
     if weight_spectrum is not None:
         weight_spectrum.copy_(_pack(weight_hat, 1))
     y = _transform_back(weight_hat @ x_hat, *lengths)[..., : x.shape[2], : x.shape[3]].transpose(0, 1)
-    return _batch_innermost(y if bias is None else y + bias.view(-1, 1, 1))
+    y = y if bias is None else y + bias.view(-1, 1, 1)
+    return new_batch_innermost(y, *y.shape).copy_(y)
 
 
 def fft_conv2d_fake(
     x: Tensor, weight: Tensor, bias: Tensor | None, x_spectrum: Tensor | None, weight_spectrum: Tensor | None
 ) -> Tensor:
     _check("x", x, weight, weight.shape[1])
-    return _new_batch_innermost(x, x.shape[0], weight.shape[0], *x.shape[2:])
+    return new_batch_innermost(x, x.shape[0], weight.shape[0], *x.shape[2:])
 
 
 # fft_conv2d_backward ----------------------------------------------------------------------------------------
@@ -237,7 +229,7 @@ def fft_conv2d_backward_default(
         x_hat = _unpack(x_spectrum, frequencies, inputs, images, _BATCH_MULTIPLE)
         y, x = _positions(weight, *lengths)
         weight_grad = _transform_back(grad_hat @ x_hat.mH, *lengths)[..., y, x]
-    return _batch_innermost(x_grad), weight_grad.contiguous()
+    return new_batch_innermost(x_grad, *x_grad.shape).copy_(x_grad), weight_grad.contiguous()
 
 
 def fft_conv2d_backward_fake(
@@ -247,7 +239,7 @@ def fft_conv2d_backward_fake(
     outputs, inputs, kernel_height, kernel_width = weight.shape
     images, _, height, width = grad.shape
     return (
-        _new_batch_innermost(grad, 0 if weight_spectrum is None else images, inputs, height, width),
+        new_batch_innermost(grad, 0 if weight_spectrum is None else images, inputs, height, width),
         weight.new_empty(0 if x_spectrum is None else outputs, inputs, kernel_height, kernel_width),
     )
 
@@ -372,28 +364,6 @@ class FftConv2d(nn.Conv2d):
             height, width = input.shape[2:]
             return is_worth_it(height, width, weight.shape, low_precision_rate())
         return input.dtype == weight.dtype == torch.float32
-
-
-class _MeanOfImage(torch.autograd.Function):
-    """Mean over height and width, whose gradient has the batch innermost like all others around it."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor) -> Tensor:
-        ctx.shape = x.shape
-        pixels = x.permute(1, 2, 3, 0).flatten(1, 2)  # [C, H W, N], whose sum is several times faster
-        return pixels.mean(1).T[..., None, None]
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> Tensor:
-        _, _, height, width = ctx.shape
-        return _batch_innermost(grad / (height * width)).expand(ctx.shape)
-
-
-class BatchInnermostPool(nn.AdaptiveAvgPool2d):
-    """``nn.AdaptiveAvgPool2d(1)`` behind FFT convolutions."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        return _MeanOfImage.apply(input) if input.dim() == 4 else super().forward(input)
 
 
 def direct_cost(height: int, width: int, weight: Sequence[int]) -> float:

@@ -14,8 +14,8 @@ import torch
 from torch import nn
 
 from ffw_fast.convolutions import fft, use_cheapest_convolutions
+from ffw_fast.convolutions.batch_innermost import BatchInnermostGlobalPool
 from ffw_fast.convolutions.fft import (
-    BatchInnermostPool,
     FftConv2d,
     fft_conv2d,
     fft_conv2d_backward_default,
@@ -327,7 +327,7 @@ def test_network_keeps_its_results(compiled_convolution):
     fast = copy.deepcopy(plain)
     x = torch.randn(6, 3, 14, 14, generator=torch.Generator().manual_seed(1))
     assert use_cheapest_convolutions(fast, x[:2]) == dict.fromkeys(["conv2", "conv3", "conv4"], "fft")
-    assert isinstance(fast.pool, BatchInnermostPool)
+    assert isinstance(fast.pool, BatchInnermostGlobalPool)
     exact = step(copy.deepcopy(plain).double(), x.double())
     for ours, torchs, reference in zip(step(fast, x), step(plain, x), exact, strict=True):
         # A pixel near 0 that rounding puts on the other side of a ReLU weighs more than the rounding itself.
@@ -384,11 +384,3 @@ def test_under_autocast_the_cheaper_way_is_taken(compiled_convolution, monkeypat
 
 def test_this_processor_has_a_rate():
     assert fft.low_precision_rate() in (0.5, 2.0, 8.0)
-
-
-def test_batch_innermost_pool():
-    x = batch_innermost(torch.randn(5, 3, 4, 6, dtype=torch.float64)).requires_grad_()
-    pool = BatchInnermostPool(1)
-    assert torch.allclose(pool(x), nn.AdaptiveAvgPool2d(1)(x))
-    assert pool(x[0]).shape == (3, 1, 1)
-    assert torch.autograd.gradcheck(pool, [x])
