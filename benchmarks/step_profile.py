@@ -8,6 +8,7 @@ Python.
 
 import argparse
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,8 @@ from ffw_fast.tables import print_table
 PRECISIONS = ("fp32", "bf16")
 KERNELS = 12  # the slowest, that are told one by one
 NAME = 90  # characters of a kernel's that are told
+
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's own lines, of every start and end
 
 
 @repeatable_convolutions()  # as an extraction runs

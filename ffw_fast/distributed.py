@@ -21,7 +21,7 @@ from contextlib import contextmanager
 from datetime import timedelta
 from functools import cache
 from itertools import pairwise
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -198,7 +198,8 @@ class Group(Alone):
         self._store = dist.distributed_c10d._get_default_store()  # there is no public way to it
         on_gpu = dist.get_backend() == "nccl"
         self._device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
-        self._gloo = dist.new_group(backend="gloo", timeout=PATIENCE) if on_gpu else dist.group.WORLD
+        gloo = dist.new_group(backend="gloo", timeout=PATIENCE) if on_gpu else dist.group.WORLD
+        self._gloo = cast("dist.ProcessGroup | None", gloo)  # every process is in it
 
     def together(self, work: Callable[[], Result]) -> Result:
         error: BaseException | None = None
@@ -264,10 +265,12 @@ class Group(Alone):
     def _send(self, gradient: Tensor, piece: slice) -> list[Callable[[], object]]:
         return [self._started(dist.all_reduce, gradient[piece])]
 
-    def _started(self, collective: Callable[..., dist.Work], tensor: Tensor, *arguments: int) -> Callable[[], object]:
+    def _started(
+        self, collective: Callable[..., dist.Work | None], tensor: Tensor, *arguments: int
+    ) -> Callable[[], object]:
         """A message on its way; what waits for its end."""
         with self._naming_the_lost():
-            work = collective(tensor, *arguments, async_op=True)
+            work = cast(dist.Work, collective(tensor, *arguments, async_op=True))
         return lambda: self._ended(work)
 
     def _ended(self, work: dist.Work) -> None:

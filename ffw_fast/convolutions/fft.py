@@ -104,15 +104,14 @@ def _check(name: str, images: Tensor, weight: Tensor, channels: int) -> None:
 
 
 def _check_sizes(x_spectrum: Tensor | None, weight_spectrum: Tensor | None, sizes: tuple[int, int]) -> None:
-    for name, spectrum, size in zip(
-        ("x_spectrum", "weight_spectrum"), (x_spectrum, weight_spectrum), sizes, strict=True
-    ):
-        torch._check_value(
-            spectrum is None or spectrum.shape == (size,),
-            lambda name=name, spectrum=spectrum, size=size: (
-                f"{name} must have shape {(size,)}, got {tuple(spectrum.shape)}"
-            ),
-        )
+    _check_size("x_spectrum", x_spectrum, sizes[0])
+    _check_size("weight_spectrum", weight_spectrum, sizes[1])
+
+
+def _check_size(name: str, spectrum: Tensor | None, size: int) -> None:
+    if spectrum is not None:
+        shape = spectrum.shape
+        torch._check_value(shape == (size,), lambda: f"{name} must have shape {(size,)}, got {tuple(shape)}")
 
 
 # Spectra of the default kernels: complex [frequency, row, column] -------------------------------------------
