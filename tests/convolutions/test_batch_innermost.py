@@ -78,6 +78,40 @@ def test_numbers_are_pytorchs_and_the_order_stays(dense, kind):
         assert torch.equal(layer(x[0]), expected(x[0])), "of one image without a batch"
 
 
+@pytest.mark.parametrize(
+    ("dense", "kind"),
+    [
+        (nn.MaxPool2d(3, 2, 1), BatchInnermostMaxPool2d),
+        (nn.AvgPool2d(2), BatchInnermostAvgPool2d),
+        (nn.BatchNorm2d(6), BatchInnermostBatchNorm2d),
+        (nn.Conv2d(6, 4, 1, stride=2), PointwiseConv2d),
+        (nn.Conv2d(6, 4, 3, stride=2), TurningConv2d),
+    ],
+    ids=str,
+)
+def test_what_overwrites_an_output_gets_the_same_gradient(dense, kind):
+    """An in-place ReLU or sum behind a layer, as in torchvision's networks; and no copies of a view's gradient."""
+    layer = copy.deepcopy(dense).double()
+    in_order = copy.deepcopy(layer)
+    in_order.__class__ = kind
+    x = torch.randn(5, 6, 9, 8, dtype=torch.float64)
+
+    class Overwritten(nn.Module):
+        def __init__(self, layer: nn.Module) -> None:
+            super().__init__()
+            self.layer = layer
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = self.layer(x)
+            assert not y._is_view()
+            y += 0.1
+            return torch.relu_(y)
+
+    ours, theirs = results_of(Overwritten(in_order), batch_innermost(x)), results_of(Overwritten(layer), x)
+    for mine, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-12, atol=1e-12)
+
+
 def test_an_indexed_pool_is_left_alone():
     pool = nn.MaxPool2d(2, return_indices=True)
     x = batch_innermost(torch.randn(3, 2, 4, 4))
@@ -100,12 +134,12 @@ def test_what_reads_single_pixels():
     assert not any(map(is_pointwise, others))
 
 
-def test_where_most_would_turn_none_does():
-    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 1), nn.MaxPool2d(2))
+def test_convolutions_and_batch_norms_stay_where_few_are_by_fft():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1), nn.MaxPool2d(2))
     keep_batch_innermost(model, by_fft=1)
-    assert [type(layer) for layer in model] == [nn.Conv2d, nn.Conv2d, nn.Conv2d, BatchInnermostMaxPool2d]
+    assert [type(layer) for layer in model] == [nn.Conv2d, nn.BatchNorm2d, nn.Conv2d, BatchInnermostMaxPool2d]
     keep_batch_innermost(model, by_fft=2)
-    assert [type(layer) for layer in model[:3]] == [TurningConv2d, TurningConv2d, PointwiseConv2d]
+    assert [type(layer) for layer in model[:3]] == [TurningConv2d, BatchInnermostBatchNorm2d, PointwiseConv2d]
 
 
 def test_all_of_a_resnet_has_the_batch_innermost():
