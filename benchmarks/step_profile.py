@@ -68,8 +68,8 @@ def profile_table(profiled: dict[str, Any]) -> Table:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="ffw-fast bench step_profile", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--workloads", nargs="+", default=[], metavar="NAME", help="parts of names (default: all)")
-    parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=["fp32"], help="default: fp32")
+    parser.add_argument("--only", nargs="*", default=[], metavar="NAME", help="parts of names (default: all)")
+    parser.add_argument("--precision", nargs="+", choices=PRECISIONS, default=["fp32"], help="default: fp32")
     parser.add_argument("--device", default="cpu", help="default: cpu")
     parser.add_argument("--steps", type=int, default=20, help="that are profiled (default: 20)")
     parser.add_argument("--json", type=Path, help="write all kernels, with machine and versions, to this file")
@@ -77,8 +77,8 @@ def main(arguments: list[str] | None = None) -> None:
     if options.steps < 1:
         raise ValueError(f"steps must be at least 1, got {options.steps}")
     profiled = []
-    for job in chosen_jobs(options.workloads, JOBS[::-1]):
-        for precision in options.precisions:
+    for job in chosen_jobs(options.only, JOBS[::-1]):
+        for precision in options.precision:
             profiled.append(profile_step(job, precision, torch.device(options.device), options.steps))
             print_table(profile_table(profiled[-1]))
     if options.json:

@@ -28,7 +28,7 @@ def test_the_kernels_are_those_of_a_step(capsys):
 def test_the_command_writes_all_kernels(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(step_profile, "JOBS", TINY_JOBS)
     target = tmp_path / "profile.json"
-    step_profile.main(["--workloads", "perceptron", "--steps", "2", "--json", str(target)])
+    step_profile.main(["--only", "perceptron", "--steps", "2", "--json", str(target)])
     written = json.loads(target.read_text())
     assert [row["workload"] for row in written["steps"]] == ["Tiny perceptron"]
     assert written["machine"]["torch"] == torch.__version__
