@@ -87,7 +87,7 @@ def measure_fast(job: Job, steps: int, precision: str) -> Parts:
     def gate_step() -> None:
         loop.step_graph(*next(minibatches))
 
-    feature = seconds(lambda: loop._features(samples.x), 3) / len(samples.y)
+    feature = seconds(lambda: loop._features(samples.x), 7) / len(samples.y)
     features = torch.randn(job.train, loop.heads.weight.shape[2])
     labels = torch.randint(job.classes, (job.train, job.biases))
     started_at, start = loop.heads.epochs, time.perf_counter()
