@@ -26,8 +26,8 @@ def keep_freed_memory() -> bool:
     """Let the C library keep what tensors have freed for the next ones; whether it does.
 
     Else it hands large areas back to the system, which clears every page when it comes again: an eighth of a step on
-    CelebA's images (docs/performance.md). Of the whole process, whose memory stays near its peak, so this is for programs and not for a
-    package that others import. Only glibc can; what its own environment variables say stands.
+    CelebA's images (docs/performance.md). It is of the whole process, whose memory stays near its peak, so this is for
+    programs and not for a package that others import. Only glibc can; what its own environment variables say stands.
     """
     if platform.libc_ver()[0] != "glibc" or any(name in os.environ for name in _BY_USERS):
         return False
