@@ -20,7 +20,4 @@ def main() -> int:
         if isinstance(error, ValueError) or sys.argv[1:2] != ["info"]:
             return 2
         from ffw_fast.cli import main as run  # kernels are tried once; info tells what became of each
-    from ffw_fast.memory import keep_freed_memory
-
-    keep_freed_memory()
     return run()

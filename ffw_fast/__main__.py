@@ -2,7 +2,7 @@
 
 import sys
 
-from ffw_fast_command import main
+from ffw_fast.cli import main
 
 if __name__ == "__main__":
     sys.exit(main())
