@@ -76,7 +76,10 @@ def show(results: dict[str, dict[str, Any]]) -> None:
                 print(f"  {line}")
         if name == "step kernels":
             for row in rows:
-                print_table(profile_table(row)) if "kernels" in row else print_facts([row])
+                if "kernels" in row:
+                    print_table(profile_table(row))
+                else:
+                    print_facts([row])
         elif rows and rows[0].keys() & {"operator", "workload", "layer"}:
             print_table(_table(name, rows))
         elif name == "here":

@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 
 from ffw_fast import fusion, ops, triton_backend
-from ffw_fast.convolutions import fft  # noqa: F401  (and so does this)
+from ffw_fast.convolutions import fft  # noqa: F401  (defines operators, as ops does, which come before the libraries)
 
 BACKENDS = ("auto", "cpp", "cuda", "triton", "torch")
 _BACKEND_VARIABLE = "FFW_FAST_BACKEND"

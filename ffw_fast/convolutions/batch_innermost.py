@@ -172,7 +172,8 @@ def keep_batch_innermost(model: nn.Module, by_fft: int) -> None:
     """Let the pools, convolutions and batch norms of a model keep the order of those by FFT, in place.
 
     Convolutions and batch norms do where other convolutions are no more than those by FFT. Where they are more they
-    mostly stand beside each other, and are faster in PyTorch's own order: ResNet50 has 11 by FFT and 40 others.
+    mostly stand beside each other, and PyTorch's own order suits them: ResNet50 on 64 x 64 pixels has 11 by FFT and 40
+    others.
     """
     for module in model.modules():
         if type(module) is nn.AdaptiveAvgPool2d and module.output_size in (1, (1, 1)):

@@ -126,6 +126,7 @@ def test_under_autocast_images_are_not_turned(kind):
     with torch.autocast("cpu", torch.bfloat16):
         y = layer(batch_innermost(torch.randn(5, 3, 4, 4)))
     assert y.dtype == torch.bfloat16
+    assert not is_batch_innermost(y)
 
 
 def test_what_reads_single_pixels():
