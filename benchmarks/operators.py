@@ -371,6 +371,27 @@ def fft_layer(layer: Layer, batch: int, mode: str) -> Work:
     return Work(run, products * flops / (batch * layer.flops), moved)
 
 
+def tanh(shape: tuple[int, ...]) -> Work:
+    """In place; what is measured after the first call are tangents of tangents, which take as long."""
+    x = torch.randn(shape)
+
+    def of(tanh_: Callable[[Tensor], Any]) -> Run:
+        own = x.clone()
+
+        def run() -> list[Tensor]:
+            tanh_(own)
+            return [own]
+
+        return run
+
+    run = {
+        "ffw_fast": of(torch.ops.ffw_fast.tanh_),
+        "eager": of(torch.tanh_),
+        "compile": of(torch.compile(lambda own: own.tanh_())),
+    }
+    return Work(run, 0, 2 * size_of(x))
+
+
 # All of them ---------------------------------------------------------------------------------------------------------
 
 
@@ -395,6 +416,8 @@ def cases(jobs: Iterable[Job]) -> list[Case]:
         add("objective", "both", f"{job.batch_size} samples, {head}", objective, *logits)
         sizes = (job.train, feature_width(job, model), job.biases, job.classes, job.batch_size)
         add("fit_linear_head_", "epoch", f"{sizes[0]}x{sizes[1]}, {head}", fit_linear_head, *sizes)
+        for shape in tanh_shapes(job, model):
+            add("tanh_", "forward", "x".join(map(str, shape)), tanh, shape)
         for layer in layers_of(job):
             name = "masked_linear" if isinstance(layer.dense, nn.Linear) else "masked_conv2d"
             for mode in ("forward", "both"):
@@ -402,6 +425,18 @@ def cases(jobs: Iterable[Job]) -> list[Case]:
                 if _by_fft(layer):
                     add("fft_conv2d", mode, layer.shape, fft_layer, layer, job.batch_size, mode)
     return sorted(found.values(), key=lambda case: (case.operator, case.mode))
+
+
+@torch.no_grad()
+def tanh_shapes(job: Job, model: nn.Module) -> list[tuple[int, ...]]:
+    """Of what each tanh of the job's network gets of a minibatch."""
+    shapes: list[tuple[int, ...]] = []
+    layers = [layer for layer in model.modules() if isinstance(layer, nn.Tanh)]
+    hooks = [layer.register_forward_hook(lambda _layer, _x, y: shapes.append(tuple(y.shape[1:]))) for layer in layers]
+    model.eval()(torch.zeros(1, *job.image))
+    for hook in hooks:
+        hook.remove()
+    return [(job.batch_size, *shape) for shape in shapes]
 
 
 def _by_fft(layer: Layer) -> bool:

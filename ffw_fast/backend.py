@@ -23,13 +23,13 @@ from pathlib import Path
 
 import torch
 
-from ffw_fast import fusion, ops, triton_backend
-from ffw_fast.convolutions import fft  # noqa: F401  (defines operators, as ops does, which come before the libraries)
+from ffw_fast import fusion, ops, tanh, triton_backend  # noqa: F401  (tanh and fft define operators, as ops does)
+from ffw_fast.convolutions import fft  # noqa: F401
 
 BACKENDS = ("auto", "cpp", "cuda", "triton", "torch")
 _BACKEND_VARIABLE = "FFW_FAST_BACKEND"
 _REBUILD = "FFW_FAST_BUILD={} pip install --no-build-isolation --force-reinstall --no-deps -v ."
-_OPERATORS = (*ops.DEFAULTS, "fft_conv2d", "fft_conv2d_backward")
+_OPERATORS = (*ops.DEFAULTS, "fft_conv2d", "fft_conv2d_backward", "tanh_")
 
 
 @dataclass

@@ -19,7 +19,7 @@ from ffw_fast.data.samples import Inputs
 from ffw_fast.distributed import Alone, GradientSum
 from ffw_fast.gates import GateKind, gate_movement, half_open_sum
 from ffw_fast.modules import flat_offsets, maskable_layers
-from ffw_fast.simplify import simplified, split_before
+from ffw_fast.simplify import OVERWRITING, simplified, split_before
 
 EVALUATION_BATCH = 500  # samples a forward pass without gradients
 BLOCK = 2**18  # gates that a pass over the flat buffers takes at a time, where it needs memory for as many
@@ -288,7 +288,7 @@ class GatedNetwork:
             return inputs
         head, self.module = parts
         for gate in gates:
-            if isinstance(gate.activation, nn.ReLU):
+            if isinstance(gate.activation, OVERWRITING):
                 gate.activation.inplace = False  # it would overwrite what is kept
         return tuple(torch.cat([head(batch) for batch in x.split(EVALUATION_BATCH)]) for x in inputs)
 

@@ -2,14 +2,14 @@
 
 Batch norm in eval mode is an affine map per channel; where it alone reads the output of a layer, it folds into that
 layer's frozen weight and bias (``w' = w a``): the gate multiplies ``w'``, the bias is not gated, and the scores'
-gradient is the same. A ReLU that alone reads a layer's output, or a sum, may overwrite it.
+gradient is the same. A ReLU or tanh that alone reads a layer's output, or a sum, may overwrite it.
 """
 
 import copy
 import operator
 from collections import Counter
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, fx, nn
@@ -17,8 +17,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ffw_fast.channels import module_of, replace_module
 from ffw_fast.modules import MASKED_CLASSES
+from ffw_fast.tanh import FastTanh, use_fast_tanh
+
+Classes: TypeAlias = type[nn.Module] | tuple[type[nn.Module], ...]
 
 LINEAR_LAYERS = tuple(MASKED_CLASSES)
+OVERWRITING = (nn.ReLU, FastTanh)  # whose gradient needs the output alone
 TOLERANCE = 1e-3  # of the largest output; folding rounds differently, but is far nearer than this
 
 
@@ -31,12 +35,14 @@ def simplified(model: nn.Module, bottleneck: str, outputs: Callable[[nn.Module],
         outputs: runs a model on a sample and gives all the outputs that matter.
     """
     plain, cheap = copy.deepcopy(model), copy.deepcopy(model)
+    use_fast_tanh(plain)
     try:
         graph = fx.Tracer().trace(cheap)
     except Exception:  # a forward that cannot be traced: whatever its code raises under symbolic inputs
         return plain
     fold_batch_norms(cheap, graph, bottleneck)
-    overwrite_in_relus(cheap, graph, bottleneck)
+    use_fast_tanh(cheap)  # into which the tracer would have looked
+    overwrite_in_activations(cheap, graph, bottleneck)
     expected = outputs(plain)
     try:
         given = outputs(cheap)
@@ -63,21 +69,24 @@ def fold_batch_norms(model: nn.Module, graph: fx.Graph, bottleneck: str = "") ->
     return folded
 
 
-def overwrite_in_relus(model: nn.Module, graph: fx.Graph, bottleneck: str = "") -> None:
-    """Let every ``nn.ReLU`` overwrite what it alone reads: a sum, a Conv's, Linear's or folded batch norm's output."""
-    names = [relu_name for _, relu_name in _pairs(model, graph, nn.ReLU, bottleneck)]
+def overwrite_in_activations(model: nn.Module, graph: fx.Graph, bottleneck: str = "") -> None:
+    """Let every ``nn.ReLU`` and ``FastTanh`` overwrite what it alone reads.
+
+    That is a sum, or the output of a Conv, a Linear or a folded batch norm.
+    """
+    names = [name for _, name in _pairs(model, graph, OVERWRITING, bottleneck)]
     runs = _runs(graph)
     for node in graph.nodes:
-        if isinstance(module_of(model, node), nn.ReLU) and runs[node.target] == 1 and node.args:
+        if isinstance(module_of(model, node), OVERWRITING) and runs[node.target] == 1 and node.args:
             (source,) = node.args
             if _is_read_once(source, bottleneck) and source.target is operator.add:  # which keeps nothing for later
                 names.append(str(node.target))
     for name in names:
-        relu: Any = model.get_submodule(name)
-        relu.inplace = True
+        activation: Any = model.get_submodule(name)
+        activation.inplace = True
 
 
-def _pairs(model: nn.Module, graph: fx.Graph, reader: type[nn.Module], bottleneck: str) -> Iterator[tuple[str, str]]:
+def _pairs(model: nn.Module, graph: fx.Graph, reader: Classes, bottleneck: str) -> Iterator[tuple[str, str]]:
     """(layer, reader) names: a module of the reader's class that alone reads a linear layer's output, both run once.
 
     What is read as the bottleneck has two readers.

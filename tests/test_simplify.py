@@ -1,4 +1,4 @@
-"""Folding batch norm and overwriting in ReLUs change nothing that is computed."""
+"""Folding batch norm and overwriting in activations change nothing that is computed."""
 
 import copy
 
@@ -8,7 +8,7 @@ from torch import fx, nn
 
 from ffw_fast.gated_network import GatedNetwork, outputs_of
 from ffw_fast.gates import GateKind
-from ffw_fast.simplify import fold_batch_norms, overwrite_in_relus, simplified
+from ffw_fast.simplify import fold_batch_norms, overwrite_in_activations, simplified
 
 
 class Residual(nn.Module):
@@ -119,7 +119,7 @@ def test_folded_gradients_of_the_scores_equal_the_unfolded_ones(model, x):
     cheap = copy.deepcopy(model)
     graph = fx.Tracer().trace(cheap)
     assert fold_batch_norms(cheap, graph) == ["bn1", "bn2"]
-    overwrite_in_relus(cheap, graph)
+    overwrite_in_activations(cheap, graph)
     for folded, plain in zip(score_gradients(cheap), score_gradients(model), strict=True):
         assert torch.allclose(folded, plain, rtol=1e-4, atol=1e-5 * plain.abs().max())
 
@@ -141,7 +141,7 @@ class Shortcuts(nn.Module):
 def test_a_relu_overwrites_a_sum_that_nothing_else_reads():
     model, x = Shortcuts(), torch.randn(5, 4)
     cheap = copy.deepcopy(model)
-    overwrite_in_relus(cheap, fx.Tracer().trace(cheap))
+    overwrite_in_activations(cheap, fx.Tracer().trace(cheap))
     assert cheap.alone.inplace and not cheap.shared.inplace
     for network in (model, cheap):
         network(x).square().sum().backward()

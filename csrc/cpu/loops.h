@@ -89,6 +89,7 @@ struct InstructionSet {
   Loops<float> single_precision;
   Loops<double> double_precision;
   Conversions conversions;
+  void (*tanh)(float* values, int64_t n);  // in place
 };
 
 extern const InstructionSet baseline;  // what the compiler may assume anyway: SSE2 on x86-64, NEON on aarch64

@@ -111,6 +111,25 @@ FFW_LOOP void softmax(const T* __restrict logits, int64_t n, int64_t k, T* __res
   }
 }
 
+// Hyperbolic tangent --------------------------------------------------------------------------------------------------
+
+// To less than two units in the last place: x + x^3 p(x^2) for small |x|, else 1 - 2 / (exp(2 |x|) + 1), with the sign
+// of x. NaN stays NaN.
+FFW_LOOP void tanh(float* values, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) {
+    const float x = absolute(values[i]), square = x * x;
+    float series = -5.70498872745e-3f;
+    series = series * square + 2.06390887954e-2f;
+    series = series * square - 5.37397155531e-2f;
+    series = series * square + 1.33314422036e-1f;
+    series = series * square - 3.33332819422e-1f;
+    const float small = x + x * square * series;
+    const float large = 1.0f - 2.0f / (reproducible_exp(2.0f * x) + 1.0f);
+    const uint32_t sign = bits_as<uint32_t>(values[i]) & 0x80000000u;
+    values[i] = bits_as<float>((bits_as<uint32_t>(x < 0.625f ? small : large) & 0x7fffffffu) | sign);
+  }
+}
+
 // Linear heads --------------------------------------------------------------------------------------------------------
 // Both products run on register tiles of vectors over the features; the soft-max runs on vectors over the samples.
 
@@ -402,7 +421,8 @@ constexpr Loops<T> table() {
 constexpr InstructionSet set{FFW_ISA_NAME,
                              table<float>(),
                              table<double>(),
-                             {widen_bfloat16, narrow_bfloat16, widen_half, narrow_half}};
+                             {widen_bfloat16, narrow_bfloat16, widen_half, narrow_half},
+                             tanh};
 
 }  // namespace FFW_ISA
 }  // namespace ffw::cpu
