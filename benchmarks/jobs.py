@@ -38,7 +38,8 @@ JOBS = (
 
 def _tiny_convolutions() -> nn.Module:
     layers = {"conv1": nn.Conv2d(3, 8, 7, padding=3), "relu": nn.ReLU(), "conv2": nn.Conv2d(8, 16, 3, stride=2)}
-    return nn.Sequential(OrderedDict(layers, pool=nn.AdaptiveAvgPool2d(1), flatten=nn.Flatten(), fc=nn.Linear(16, 10)))
+    behind = {"tanh": nn.Tanh(), "pool": nn.AdaptiveAvgPool2d(1), "flatten": nn.Flatten(), "fc": nn.Linear(16, 10)}
+    return nn.Sequential(OrderedDict(layers | behind))
 
 
 TINY_JOBS = (  # for dry runs
