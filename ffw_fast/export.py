@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
+from ffw_fast.precision import full_float32
+
 TOLERANCE = 1e-4  # of the largest output; other kernels round differently
 INPUT, OUTPUT, BATCH = "input", "logits", "batch"
 ONNX_DTYPES = (torch.float16, torch.float32, torch.float64)
@@ -46,10 +48,10 @@ def export(model: nn.Module, example: Tensor, path: str | os.PathLike[str], form
     was_training = model.training
     try:
         with torch.no_grad(), _quiet():
-            model.eval()
-            expected = model(batch)
-            write(model, example, temporary)
-            difference = float((run(temporary, batch).to(expected) - expected).abs().max())
+            write(model.eval(), example, temporary)
+            with full_float32():
+                expected = model(batch)
+                difference = float((run(temporary, batch).to(expected) - expected).abs().max())
         if not difference <= TOLERANCE * float(expected.abs().max()):
             raise ValueError(f"the exported network computes something else: outputs differ by up to {difference:.3g}")
         temporary.replace(path)

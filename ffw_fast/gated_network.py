@@ -214,6 +214,28 @@ class _PastBottleneck(Exception):
     """Ends a forward pass whose remainder nobody reads."""
 
 
+class _AtBottleneck:
+    """A hook that keeps the features of a forward pass until they are taken.
+
+    Not a method of the network: the two would hold each other, and with them all memory, until they are collected.
+    """
+
+    def __init__(self) -> None:
+        self.stops = False  # the forward pass, once it has the features
+        self._features: Tensor | None = None
+
+    def __call__(self, _module: nn.Module, _inputs: tuple, output: Tensor) -> None:
+        self._features = output.flatten(1)
+        if self.stops:
+            raise _PastBottleneck
+
+    def taken(self) -> Tensor:
+        """The features (n, D) of the last forward pass."""
+        features, self._features = self._features, None
+        assert features is not None
+        return features
+
+
 class GatedNetwork:
     """A frozen copy of a model in eval mode whose Conv and Linear weights are gated.
 
@@ -269,9 +291,8 @@ class GatedNetwork:
         self.gradient_sum: GradientSum | None = (group or Alone()).gradient_sum(self.gates.grad, leaves)
         use_cheapest_convolutions(self.module, example)
         self._bottleneck = bottleneck
-        self._features: Tensor | None = None
-        self._stop = False
-        bottleneck_module(self.module, bottleneck).register_forward_hook(self._keep_features)
+        self._at_bottleneck = _AtBottleneck()
+        bottleneck_module(self.module, bottleneck).register_forward_hook(self._at_bottleneck)
 
     @torch.no_grad()
     def take_out_frozen_part(self, *inputs: Inputs) -> tuple[Inputs, ...]:
@@ -292,17 +313,10 @@ class GatedNetwork:
                 gate.activation.inplace = False  # it would overwrite what is kept
         return tuple(torch.cat([head(batch) for batch in x.split(EVALUATION_BATCH)]) for x in inputs)
 
-    def _keep_features(self, _module: nn.Module, _inputs: tuple, output: Tensor) -> None:
-        self._features = output.flatten(1)
-        if self._stop:
-            raise _PastBottleneck
-
     def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Features (n, D) and logits (n, C) of a minibatch."""
         logits = self.module(_channels_last_in_bf16(x))
-        features, self._features = self._features, None
-        assert features is not None
-        return features, logits
+        return self._at_bottleneck.taken(), logits
 
     @torch.no_grad()
     def features(self, x: Inputs) -> Tensor:
@@ -310,16 +324,14 @@ class GatedNetwork:
         return torch.cat([self._features_of(batch) for batch in x.split(EVALUATION_BATCH)])
 
     def _features_of(self, batch: Tensor) -> Tensor:
-        self._stop = True
+        self._at_bottleneck.stops = True
         try:
             self.module(_channels_last_in_bf16(batch))
         except _PastBottleneck:
             pass
         finally:
-            self._stop = False
-        features, self._features = self._features, None
-        assert features is not None
-        return features
+            self._at_bottleneck.stops = False
+        return self._at_bottleneck.taken()
 
     @torch.no_grad()
     def outputs(self, x: Inputs) -> tuple[Tensor, Tensor]:

@@ -109,6 +109,7 @@ class PrivateHeads:
             end = start + self._most_epochs
             rows = self._orders(len(features), self.epochs, end) if ahead is None else ahead
             losses = self._fit(features, labels, rows.to(features.device), plateau, self.batch_size)
+            ahead = None
             if works_meanwhile(features.device) and (following := self.epochs + len(rows)) < end:
                 ahead = self._orders(len(features), following, end)
             self._take_in(losses)

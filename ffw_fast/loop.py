@@ -5,6 +5,7 @@ import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from typing import Any
+from weakref import WeakMethod
 
 import torch
 from torch import Tensor, nn
@@ -68,7 +69,8 @@ class Loop:
         self.history: list[dict[str, Any]] = []
         self.seconds = 0.0
         self.totals = torch.zeros(3, dtype=torch.float64, device=train.y.device)  # of (J, CE, MI) over an epoch
-        self.step_graph = StepGraph(self._counted_step, settings.batch_size, train.y.device)
+        step = WeakMethod(self._counted_step)  # so that all memory is free at once when the loop is
+        self.step_graph = StepGraph(lambda *told: step()(*told), settings.batch_size, train.y.device)  # type: ignore[misc]
 
     def _make_optimizer(self) -> GatedOptimizer:
         return GatedAdam(self.gates, anneal_rate=self.settings.anneal_rate if self.schedule.anneals else None)

@@ -63,7 +63,7 @@ class Resumable(Protocol):
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A state in memory that nothing changes any more."""
+    """A state that nothing changes any more, on the devices that it was on."""
 
     tensors: Mapping[str, Tensor]
     record: str
@@ -71,7 +71,7 @@ class Snapshot:
     @classmethod
     def of(cls, run: Resumable) -> Self:
         tensors, record = run.state()
-        copies = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
+        copies = {name: tensor.detach().clone().contiguous() for name, tensor in tensors.items()}
         return cls(copies, json.dumps(record))
 
     def load_into(self, run: Resumable) -> None:

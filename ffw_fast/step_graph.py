@@ -9,12 +9,14 @@ That a step reads nothing back and copies nothing from the host is tested withou
 """
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor
 
 WARM_UP_STEPS = 3  # before a capture, on a stream of their own: libraries choose kernels and take memory in them
+WAITS = "synchronizing CUDA operation"  # in PyTorch's warning
 
 
 class StepGraph:
@@ -60,9 +62,29 @@ class StepGraph:
         with torch.cuda.device(self._device):
             side, current = torch.cuda.Stream(), torch.cuda.current_stream()
             side.wait_stream(current)
-            with torch.cuda.stream(side):
+            with torch.cuda.stream(side), self._watched() if self._warm_up_left == 0 else nullcontext():
                 self._step(*batch)
             current.wait_stream(side)
+
+    @contextmanager
+    def _watched(self) -> Iterator[None]:
+        """No capture is tried after a step that waits for the device: in a failed one PyTorch loses memory."""
+        before = torch.cuda.get_sync_debug_mode()
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            torch.cuda.set_sync_debug_mode("warn")
+            caught.clear()  # of what it says of itself
+            try:
+                yield
+            finally:
+                torch.cuda.set_sync_debug_mode(before)
+        for warning in caught:
+            if WAITS in str(warning.message):
+                self._is_capturable = False
+            else:
+                warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+        if not self._is_capturable:
+            self._warn("it reads something back from the device")
 
     def _replay(self, batch: tuple[Tensor, ...]) -> None:
         with torch.cuda.device(self._device):
@@ -76,18 +98,21 @@ class StepGraph:
 
     def _capture(self, batch: tuple[Tensor, ...]) -> bool:
         """Record a step on copies of the tensors, which runs nothing; whether that succeeded."""
-        graph = torch.cuda.CUDAGraph()
+        graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
         self._batch = tuple(tensor.clone() for tensor in batch)
         try:
-            with torch.cuda.graph(graph):
+            with torch.cuda.graph(graph, stream=torch.cuda.Stream()):  # its default may be of another device
                 self._step(*self._batch)
         except RuntimeError as error:
+            torch.cuda.set_stream(current)  # a capture whose end fails leaves its own
             self._is_capturable = False
-            reason = str(_first(error)).split("\n", 1)[0]
-            warnings.warn(f"the training step is not run from a CUDA graph: {reason}", RuntimeWarning, stacklevel=2)
+            self._warn(str(_first(error)).split("\n", 1)[0])
             return False
         self._graph = graph
         return True
+
+    def _warn(self, reason: str) -> None:
+        warnings.warn(f"the training step is not run from a CUDA graph: {reason}", RuntimeWarning, stacklevel=2)
 
 
 def _first(error: BaseException) -> BaseException:

@@ -199,7 +199,8 @@ class _Training(Resumable):
             for name in OPTIMIZER_STATE[self.recipe.optimizer]:
                 own = self.optimizer.state[parameter]
                 if own.get(name) is None:
-                    empty = torch.zeros((), device=parameter.device) if name == "step" else torch.zeros_like(parameter)
+                    # Adam keeps its count of steps on the CPU, and would read one on a GPU back in every step.
+                    empty = torch.zeros(()) if name == "step" else torch.zeros_like(parameter)
                     own[name] = empty
                 tensors[f"optimizer.{number}.{name}"] = own[name]
         return tensors

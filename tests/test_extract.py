@@ -1,7 +1,9 @@
 """The fast loop against the reference, and what ``extract`` promises."""
 
 import copy
+import gc
 import itertools
+import weakref
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from ffw_fast.extract import extract
 from ffw_fast.extraction import Extraction
 from ffw_fast.gated_network import GatedNetwork
 from ffw_fast.gates import GateKind
+from ffw_fast.loop import Loop
 from tests.test_channels import Block
 from tests.toy import BOTTLENECK, CLASSES, biased_set, network
 
@@ -216,3 +219,33 @@ def test_finetuning_keeps_the_mask_and_does_not_lose_accuracy():
         reached = (tuned(val[0]).argmax(1) == val[1]).double().mean()
         assert reached >= found.metrics["pruned"]["task_accuracy"]
         assert changed > 0 or reached == found.metrics["pruned"]["task_accuracy"]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"granularity": "channel"},
+        {"method": "bise", "granularity": "channel", "gate": "concrete", "schedule": "halving"},
+    ],
+)
+def test_memory_is_free_as_soon_as_an_extraction_is_over(monkeypatch, changes):
+    """Nobody waits for the garbage collection, which does not look at how full a GPU is."""
+    loops = []
+
+    def noted(self, *arguments, **settings):
+        begin(self, *arguments, **settings)
+        loops.append(weakref.ref(self))
+
+    begin = Loop.__init__
+    monkeypatch.setattr(Loop, "__init__", noted)
+    sets = biased_set(60, 1, 1), biased_set(40, 1, 2)
+    extract(network(), *sets, **SETTINGS, max_epochs=1, **changes)  # what is imported and traced for the first time
+    loops.clear()
+    gc.collect()
+    gc.disable()
+    try:
+        extract(network(), *sets, **SETTINGS, max_epochs=2, **changes)
+        assert [loop() for loop in loops] == [None]
+    finally:
+        gc.enable()

@@ -16,7 +16,7 @@ from ffw_fast import heads, run_state, schedule
 from ffw_fast.extract import extract
 from ffw_fast.files import digest, write_tensors
 from ffw_fast.progress import Progress
-from ffw_fast.run_state import CHECKPOINT, PREVIOUS, Resumable, RunState
+from ffw_fast.run_state import CHECKPOINT, PREVIOUS, Resumable, RunState, Snapshot
 from ffw_fast.version import __version__
 from tests.tiny import arguments, network, samples
 
@@ -49,6 +49,23 @@ class InterruptAfter(Progress):
     def epoch(self, row: dict[str, Any]) -> None:
         if row["epoch"] == self.epochs:
             raise Interrupted
+
+
+class OnAnotherDevice:
+    """A state that a copy to the host would fail on, and that changes in place."""
+
+    def __init__(self) -> None:
+        self.tensor = torch.zeros(3, device="meta")
+
+    def state(self):
+        return {"tensor": self.tensor}, {}
+
+
+def test_a_snapshot_stays_on_the_device():
+    run: Any = OnAnotherDevice()
+    kept = Snapshot.of(run).tensors["tensor"]
+    assert kept.device.type == "meta"
+    assert kept is not run.tensor
 
 
 def run(run_dir: Path | None = None, **changes: Any):

@@ -8,7 +8,8 @@ from torch import fx, nn
 
 from ffw_fast.gated_network import GatedNetwork, outputs_of
 from ffw_fast.gates import GateKind
-from ffw_fast.simplify import fold_batch_norms, overwrite_in_activations, simplified
+from ffw_fast.models import ResNet18
+from ffw_fast.simplify import TOLERANCE, fold_batch_norms, overwrite_in_activations, simplified
 
 
 class Residual(nn.Module):
@@ -74,6 +75,34 @@ def test_a_layer_read_twice_or_run_twice_is_not_folded(x):
     model = with_statistics(Twice())
     graph = fx.Tracer().trace(model)
     assert fold_batch_norms(copy.deepcopy(model), graph) == []
+
+
+def test_networks_are_compared_in_full_precision(monkeypatch, as_on_a_gpu):
+    """On a GPU operands are rounded, which hides from a comparison that a folded network is the same."""
+    torch.manual_seed(0)
+    model, x = with_statistics(ResNet18(10)), torch.randn(5, 3, 32, 32)
+    outputs = lambda network: outputs_of(network, "flatten", x)  # noqa: E731
+    cheap = simplified(model, "flatten", outputs)
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in cheap.modules())
+    (ours, _), (theirs, _) = outputs(cheap), outputs(model)
+    assert not torch.allclose(ours, theirs, rtol=0, atol=TOLERANCE * float(theirs.abs().max())), "what was to hide it"
+    assert torch.backends.cudnn.conv.fp32_precision == "tf32", "PyTorch is told what it was before"
+
+
+@pytest.fixture
+def as_on_a_gpu(monkeypatch):
+    """Convolutions round their operands to TF32 where PyTorch is told so."""
+    assert torch.backends.cudnn.conv.fp32_precision == "tf32", "PyTorch's default"
+    convolve = nn.Conv2d._conv_forward
+
+    def rounded(x):
+        if torch.backends.cudnn.conv.fp32_precision != "tf32":
+            return x
+        return ((x.contiguous().view(torch.int32) + 0x1000) & -0x2000).view(torch.float32)
+
+    monkeypatch.setattr(
+        nn.Conv2d, "_conv_forward", lambda self, x, weight, bias: convolve(self, rounded(x), rounded(weight), bias)
+    )
 
 
 @pytest.mark.parametrize("bottleneck", ["conv1", "bn1", "relu", "conv2", "flatten"])

@@ -76,24 +76,31 @@ class FakeGraphs:
     """CUDA's part of it, on the CPU: a capture runs its step on copies of nothing, and a replay runs it again."""
 
     def __init__(self, monkeypatch, fails=False):
-        self.events, self.fails, self.captured = [], fails, False
+        self.events, self.fails, self.captured, self.sync_mode = [], fails, False, 0
         stream = type("Stream", (), {"wait_stream": lambda self, other: None})
+        self.current = before = stream()
         for name, value in {
             "device": lambda device: contextlib.nullcontext(),
             "Stream": stream,
-            "current_stream": stream,
+            "current_stream": lambda: self.current,
+            "set_stream": lambda stream: setattr(self, "current", stream),
             "stream": lambda stream: contextlib.nullcontext(),
+            "get_sync_debug_mode": lambda: self.sync_mode,
+            "set_sync_debug_mode": lambda mode: setattr(self, "sync_mode", mode),
             "CUDAGraph": lambda: self,
             "graph": self.capture,
         }.items():
             monkeypatch.setattr(torch.cuda, name, value)
+        self.is_back = lambda: self.current is before and self.sync_mode == 0
 
     @contextlib.contextmanager
-    def capture(self, graph):
+    def capture(self, graph, stream):
         self.events.append("capture")
-        self.captured = True
+        self.captured, before, self.current = True, self.current, stream
         yield
         self.captured = False
+        if not self.fails:
+            self.current = before  # where the end of a capture fails, PyTorch does not get there
         if self.fails:
             raise RuntimeError("operation not permitted when stream is capturing\nmore")
 
@@ -116,6 +123,7 @@ def run_graph(monkeypatch, fails=False):
     for number in range(WARM_UP_STEPS + 2):
         for x in (torch.tensor([number, number]), torch.tensor([number])):
             graph(x, -x)
+            assert fake.is_back(), "the stream, and the debug mode"
     return fake.events
 
 
@@ -136,7 +144,7 @@ def test_the_warning_tells_the_first_error_and_not_that_of_the_capture_s_end(mon
     fake = FakeGraphs(monkeypatch)
 
     @contextlib.contextmanager
-    def capture(graph):
+    def capture(graph, stream):
         try:
             yield
         finally:
@@ -153,6 +161,32 @@ def test_the_warning_tells_the_first_error_and_not_that_of_the_capture_s_end(mon
     with pytest.warns(RuntimeWarning, match="cannot read back while capturing"):
         graph(torch.zeros(2))
     assert not graph.is_captured
+
+
+@pytest.mark.parametrize("waits", [True, False])
+def test_a_step_that_waits_for_the_device_is_not_captured(monkeypatch, waits):
+    fake = FakeGraphs(monkeypatch)
+    texts = ["called a synchronizing CUDA operation (Triggered internally at CUDAFunctions.cpp:162.)"] * waits
+
+    def step(x):
+        assert fake.sync_mode == ("warn" if graph._warm_up_left == 0 and not fake.captured else 0)
+        if fake.sync_mode == "warn":
+            for text in ["of the model's own", *texts]:
+                warnings.warn(text, UserWarning, stacklevel=1)
+
+    fake.replay = lambda: None
+    graph = StepGraph(step, 2, torch.device("cpu"))
+    graph._is_capturable = True
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(WARM_UP_STEPS):
+            graph(torch.zeros(2))
+    told = ["the training step is not run from a CUDA graph: it reads something back from the device"] * waits
+    assert [str(warning.message) for warning in caught] == ["of the model's own", *told]
+    fake.sync_mode = 0
+    if not waits:
+        graph(torch.zeros(2))
+    assert graph.is_captured == (not waits)
 
 
 def two_runs(monkeypatch, device, schedule):
@@ -173,6 +207,17 @@ def two_runs(monkeypatch, device, schedule):
 @pytest.mark.parametrize("schedule", ["published", "adaptive"])
 def test_replayed_steps_are_those_of_an_eager_run(monkeypatch, schedule):
     replayed, eager = two_runs(monkeypatch, "cuda", schedule)
+    for name, scores in eager.items():
+        torch.testing.assert_close(replayed[name], scores, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_a_second_device_captures_its_own_steps(monkeypatch):
+    """PyTorch's stream for captures is of the device that was the first to need one."""
+    two_runs(monkeypatch, "cuda:0", "adaptive")
+    monkeypatch.undo()
+    replayed, eager = two_runs(monkeypatch, "cuda:1", "adaptive")
     for name, scores in eager.items():
         torch.testing.assert_close(replayed[name], scores, rtol=1e-4, atol=1e-6)
 
