@@ -132,6 +132,7 @@ class MutualInformation(torch.autograd.Function):
         ctx.save_for_backward(*inputs, output[1])
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx, grad: Tensor, _joint_grad):
         logits, labels, joint = ctx.saved_tensors
         return ops.mutual_information_backward(grad, logits, labels, joint), None

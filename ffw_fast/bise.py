@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ffw_fast import ops
-from ffw_fast.data.samples import Samples
+from ffw_fast.data.samples import Samples, batches_of
 from ffw_fast.gated_network import EVALUATION_BATCH
 from ffw_fast.objective import Objective
 from ffw_fast.settings import Settings
@@ -120,7 +120,7 @@ def guessing_network(
 def with_guessed_bias(samples: Samples, guesser: nn.Module) -> Samples:
     """The samples with what the network answers as their one bias label, (n, 1)."""
     device = next(guesser.parameters()).device
-    answers = [guesser(batch.to(device)).argmax(1) for batch in samples.x.split(EVALUATION_BATCH)]
+    answers = [guesser(batch.to(device)).argmax(1) for batch in batches_of(samples.x, EVALUATION_BATCH)]
     return samples._replace(b=torch.cat(answers).unsqueeze(1).to(samples.b.device))
 
 

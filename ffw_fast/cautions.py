@@ -48,10 +48,10 @@ def of_bottleneck(network: nn.Module, bottleneck: str, x: Tensor) -> Iterator[st
         kept.append(output)
         return output[:1].expand_as(output).clone()
 
-    logits = network(x)
+    logits = network(x.clone())
     handle = bottleneck_module(network, bottleneck).register_forward_hook(hold_fixed)
     try:
-        fixed = network(x)
+        fixed = network(x.clone())
     finally:
         handle.remove()
     tolerance = 1e-3 * float(logits.abs().max())

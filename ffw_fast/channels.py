@@ -22,6 +22,8 @@ from torch.nn.modules import activation as activations
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
+from ffw_fast.modes import evaluation_mode
+
 LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 NOT_ELEMENTWISE = ("MultiheadAttention", "Softmax", "Softmax2d", "Softmin", "LogSoftmax", "GLU")
 ACTIVATIONS = tuple(getattr(activations, name) for name in activations.__all__ if name not in NOT_ELEMENTWISE)
@@ -33,6 +35,10 @@ FUNCTIONS = frozenset(  # as functions and, where tensors have them, as methods
 )
 ADDITIONS = (operator.add, operator.iadd, torch.add)
 PASSING = (_BatchNorm, nn.Identity, _DropoutNd)  # between a layer and its non-linearity; each channel for itself
+HOOKS = (
+    *("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs"),
+    *("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
+)
 POOLS = tuple(
     getattr(nn, f"{kind}Pool{dimensions}d")
     for kind in ("Max", "Avg", "AdaptiveAvg", "AdaptiveMax")
@@ -138,6 +144,8 @@ class ChannelGraph:
         if not self._needs_graph:
             return self.model, sites
         module = fx.GraphModule(self.model, self.graph)
+        for hooks in HOOKS:  # of the whole model, which a graph leaves out
+            getattr(module, hooks).update(getattr(self.model, hooks))
         nodes = {node.name: node for node in module.graph.nodes}
         for name, place in self.places.items():
             if name in sites:
@@ -268,8 +276,8 @@ class ChannelGraph:
             yield Place(name, node, shape, tuple(silent), is_silent and zero, tuple(between))
 
     def _is_activation(self, node: fx.Node) -> bool:
-        if not node.args or not isinstance(node.args[0], fx.Node):
-            return False
+        if not node.users or not node.args or not isinstance(node.args[0], fx.Node):
+            return False  # a statement that works in place has no output that a gate could multiply
         return isinstance(self._module(node), ACTIVATIONS) or _name(node) in FUNCTIONS
 
     def _sources(self, node: Any, depth: int = 0, additions: int = 1) -> Iterator[tuple[int, str]]:
@@ -320,8 +328,10 @@ class ChannelGraph:
 
 
 def _trace(model: nn.Module) -> fx.Graph:
+    """The graph of the model in eval mode, whose functions have that mode among their arguments."""
     try:
-        return fx.Tracer().trace(model)
+        with evaluation_mode(model):
+            return fx.Tracer().trace(model)
     except Exception as error:  # whatever the model's code raises under symbolic inputs
         raise ValueError(
             f"channel gates are found by the network's graph, and torch.fx cannot trace {type(model).__name__}: "

@@ -6,7 +6,6 @@ concatenation), which torch-pruning's dependency graph tells. All arithmetic is 
 step is kept only if the network's outputs stay the same.
 """
 
-import copy
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -18,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 from ffw_fast.channels import ChannelMask
 from ffw_fast.constant_inputs import LINEAR_LAYERS, constant_inputs
+from ffw_fast.copies import copy_of
 
 SAMPLES = 2  # of the example; as many of noise stand beside them
 TOLERANCE = 1e-9  # of the largest output, in double precision
@@ -51,7 +51,7 @@ def compact(model: nn.Module, example: Tensor) -> nn.Module:
         ValueError: the example is empty, or in double precision the model fails on it or gives no finite outputs.
     """
     _dependency_graph()  # before any work
-    small = copy.deepcopy(model).eval()
+    small = copy_of(model).eval()
     dtypes = {name: value.dtype for name, value in _tensors(small)}
     frozen = {name for name, parameter in small.named_parameters() if not parameter.requires_grad}
     work = _Work(small.double().requires_grad_(True), _samples(example))

@@ -1,6 +1,5 @@
 """How good a classifier is, by groups: average, worst group, with and against the bias."""
 
-import copy
 import math
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -8,9 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ffw_fast.data.samples import Inputs
+from ffw_fast.copies import copy_of
+from ffw_fast.data.samples import Inputs, batches_of
 from ffw_fast.gated_network import EVALUATION_BATCH
 from ffw_fast.inputs import as_samples
+from ffw_fast.modes import evaluation_mode
 
 
 @dataclass(frozen=True)
@@ -96,13 +97,9 @@ def _logits(model: nn.Module, x: Inputs, batch_size: int, device: torch.device |
     here = next(model.parameters(), torch.empty(0)).device
     where = torch.device(device) if device is not None else here
     if where != here:
-        model = copy.deepcopy(model).to(where)
-    modes = {part: part.training for part in model.modules()}
-    try:
-        batches = [_batch_logits(model.eval(), batch.to(where)) for batch in x.split(batch_size)]
-    finally:
-        for part, training in modes.items():
-            part.training = training
+        model = copy_of(model).to(where)
+    with evaluation_mode(model):
+        batches = [_batch_logits(model, batch.to(where)) for batch in batches_of(x, batch_size)]
     return torch.cat(batches)
 
 

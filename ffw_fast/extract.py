@@ -9,17 +9,20 @@ from torch import nn
 
 from ffw_fast.backend import backend_info
 from ffw_fast.bise_loop import BiseLoop
+from ffw_fast.copies import state_tensors
 from ffw_fast.data.datasets import reading_note
 from ffw_fast.distributed import processes
 from ffw_fast.extraction import Extraction
 from ffw_fast.files import digest
 from ffw_fast.inputs import prepare
 from ffw_fast.loop import Loop
+from ffw_fast.modes import training_modes
 from ffw_fast.progress import Progress, make_progress
 from ffw_fast.run_state import RunState
 from ffw_fast.settings import Settings
 
 
+@training_modes()
 def extract(
     model: nn.Module,
     train: Any,
@@ -148,7 +151,7 @@ def extract(
                 shown.note(reading_note(given, samples, name))
         identity = {
             **settings.as_dict(),
-            "weights": digest(*loop.network.module.state_dict().values()),
+            "weights": digest(*state_tensors(loop.network.module).values()),
             "data": digest(*loop.train.identity(), *loop.val.identity()),
         }
         group.check_same({**identity, **computing(target), "max_epochs": max_epochs, "shard": shard})

@@ -1,6 +1,5 @@
 """What an extraction gives back, and how it is kept on disk."""
 
-import copy
 import csv
 import io
 import os
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 
 from ffw_fast.channels import ChannelGraph
 from ffw_fast.compact import compact as compacted
+from ffw_fast.copies import copy_of, state_tensors
 from ffw_fast.files import ShapesCheck, read_json, read_tensors, read_text, write_json, write_tensors, written_whole
 from ffw_fast.finetune import finetune
 from ffw_fast.modules import maskable_layers
@@ -82,7 +82,7 @@ class Extraction:
         ``ffw_fast.compact`` for what stays and what is raised.
         """
         masks = self.best_masks if best else self.masks
-        model = copy.deepcopy(self.dense_model)
+        model = copy_of(self.dense_model)
         if self.settings.granularity == "channel":
             pruned = ChannelGraph(model, self.settings.where).prune(masks).eval()
         else:
@@ -119,7 +119,7 @@ class Extraction:
         write_history(folder / HISTORY, self.history)
         save_scores(folder / SCORES, self.scores)
         save_scores(folder / BEST_SCORES, self.best_scores)
-        write_tensors(folder / MODEL, {name: value.clone() for name, value in self.model().state_dict().items()})
+        write_tensors(folder / MODEL, {name: value.clone() for name, value in state_tensors(self.model()).items()})
 
     @classmethod
     def load(cls, directory: str | os.PathLike[str], model: nn.Module) -> Self:
@@ -152,7 +152,7 @@ class Extraction:
         if not path.is_file():
             return
         saved, _ = read_tensors(path)
-        ours = {name: value.cpu() for name, value in self.model().state_dict().items()}
+        ours = {name: value.cpu() for name, value in state_tensors(self.model()).items()}
         same = saved.keys() == ours.keys() and all(
             value.dtype == saved[name].dtype and torch.equal(value, saved[name]) for name, value in ours.items()
         )

@@ -6,14 +6,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from ffw_fast.bise import BiasedObjective
 from ffw_fast.convolutions import cheapest_convolutions
-from ffw_fast.data.samples import Inputs, Samples
+from ffw_fast.copies import copy_of
+from ffw_fast.data.samples import Inputs, Samples, batches_of
 from ffw_fast.gated_network import EVALUATION_BATCH, bottleneck_module
 from ffw_fast.heads import PrivateHeads
 from ffw_fast.inputs import prepare
 from ffw_fast.measure import accuracy
+from ffw_fast.modes import training_modes
 from ffw_fast.objective import objective
 from ffw_fast.seeding import epoch_order
 from ffw_fast.settings import Settings, check_integer, check_number
@@ -22,6 +25,7 @@ LR = 1e-3
 FINETUNE_EPOCHS = "finetune epoch"  # the stream of orders in which samples are visited
 
 
+@training_modes()
 def finetune(
     model: nn.Module,
     masks: dict[str, Tensor],
@@ -63,13 +67,14 @@ def finetune(
     val_is_given = val is not None
     problem = prepare(model, train, val, settings).to(next(model.parameters()).device)
     train, val = problem.train, problem.val
-    network = copy.deepcopy(model).eval().requires_grad_(False)
-    optimizer = torch.optim.Adam(_open(network, masks), lr)
+    network = copy_of(model).eval().requires_grad_(False)
+    opened, hooks = _open(network, masks)
+    optimizer = torch.optim.Adam(opened, lr)
     heads = PrivateHeads.of(settings, train, problem.width)
     reader = _Reader(network, settings.bottleneck)
     biased = None
     if settings.method == "bise":
-        _features, logits = reader(train.x[:1])
+        _features, logits = reader(train.x[:1].clone())
         biased = BiasedObjective.from_settings(settings, train, logits.shape[1])
     with cheapest_convolutions(network, train.x[:2]):
         best, best_accuracy = copy.deepcopy(network.state_dict()), reader.accuracy(val)
@@ -95,13 +100,17 @@ def finetune(
             if reached > best_accuracy or not val_is_given:
                 best, best_accuracy = copy.deepcopy(network.state_dict()), reached
     network.load_state_dict(best)
-    reader.close()
-    return network.requires_grad_(True)
+    for hook in (reader.hook, *hooks):
+        hook.remove()
+    for ours, theirs in zip(network.parameters(), model.parameters(), strict=True):
+        ours.requires_grad_(theirs.requires_grad)
+    return network
 
 
-def _open(network: nn.Module, masks: dict[str, Tensor]) -> list[nn.Parameter]:
-    """Let the masked layers' weights and biases be trained, pruned weights excepted; the opened parameters."""
+def _open(network: nn.Module, masks: dict[str, Tensor]) -> tuple[list[nn.Parameter], list[RemovableHandle]]:
+    """Let the masked layers' weights and biases be trained; the opened parameters, and hooks that keep pruned ones."""
     opened: list[nn.Parameter] = []
+    hooks: list[RemovableHandle] = []
     for name, mask in masks.items():
         layer: Any = network.get_submodule(name)
         for parameter in layer.parameters(recurse=False):
@@ -110,10 +119,10 @@ def _open(network: nn.Module, masks: dict[str, Tensor]) -> list[nn.Parameter]:
         kept = mask.to(layer.weight.device)
         if kept.dim() == 1:
             if layer.bias is not None:
-                layer.bias.register_hook(lambda grad, kept=kept: grad * kept)
+                hooks.append(layer.bias.register_hook(lambda grad, kept=kept: grad * kept))
             kept = kept.view(-1, *[1] * (layer.weight.dim() - 1))
-        layer.weight.register_hook(lambda grad, kept=kept: grad * kept)
-    return opened
+        hooks.append(layer.weight.register_hook(lambda grad, kept=kept: grad * kept))
+    return opened, hooks
 
 
 class _Reader:
@@ -122,7 +131,7 @@ class _Reader:
     def __init__(self, network: nn.Module, bottleneck: str) -> None:
         self.network = network
         self.kept: Tensor = torch.empty(0)
-        self.close = bottleneck_module(network, bottleneck).register_forward_hook(self._keep).remove
+        self.hook = bottleneck_module(network, bottleneck).register_forward_hook(self._keep)
 
     def _keep(self, _module: nn.Module, _inputs: tuple, output: Tensor) -> None:
         self.kept = output.flatten(1)
@@ -134,9 +143,9 @@ class _Reader:
 
     @torch.no_grad()
     def features(self, x: Inputs) -> Tensor:
-        return torch.cat([self(batch)[0] for batch in x.split(EVALUATION_BATCH)])
+        return torch.cat([self(batch)[0] for batch in batches_of(x, EVALUATION_BATCH)])
 
     @torch.no_grad()
     def accuracy(self, samples: Samples) -> float:
-        logits = torch.cat([self.network(batch) for batch in samples.x.split(EVALUATION_BATCH)])
+        logits = torch.cat([self.network(batch) for batch in batches_of(samples.x, EVALUATION_BATCH)])
         return accuracy(logits, samples.y).item()

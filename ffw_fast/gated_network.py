@@ -5,9 +5,9 @@ backward are plain convolutions and matmuls. All layers' ``w``, ``v``, ``dJ/dv``
 one pass updates them all.
 """
 
-import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,11 +15,12 @@ from torch import Tensor, nn
 from ffw_fast import ops, philox
 from ffw_fast.channels import ChannelGraph, replace_module
 from ffw_fast.convolutions import use_cheapest_convolutions
-from ffw_fast.data.samples import Inputs
+from ffw_fast.copies import copy_of
+from ffw_fast.data.samples import Inputs, batches_of
 from ffw_fast.distributed import Alone, GradientSum
 from ffw_fast.gates import GateKind, gate_movement, half_open_sum
 from ffw_fast.modules import flat_offsets, maskable_layers
-from ffw_fast.simplify import OVERWRITING, simplified, split_before
+from ffw_fast.simplify import simplified, split_before
 
 EVALUATION_BATCH = 500  # samples a forward pass without gradients
 BLOCK = 2**18  # gates that a pass over the flat buffers takes at a time, where it needs memory for as many
@@ -264,7 +265,7 @@ class GatedNetwork:
         where: str | None = None,
         group: Alone | None = None,
     ) -> None:
-        frozen = copy.deepcopy(model).to(example.device).eval().requires_grad_(False)
+        frozen = copy_of(model).to(example.device).eval().requires_grad_(False)
         channels = ChannelGraph(frozen, where) if granularity == "channel" else None
         sites: dict[str, str] = {}
         if channels is not None:
@@ -309,9 +310,10 @@ class GatedNetwork:
             return inputs
         head, self.module = parts
         for gate in gates:
-            if isinstance(gate.activation, OVERWRITING):
-                gate.activation.inplace = False  # it would overwrite what is kept
-        return tuple(torch.cat([head(batch) for batch in x.split(EVALUATION_BATCH)]) for x in inputs)
+            activation: Any = gate.activation
+            if hasattr(activation, "inplace"):
+                activation.inplace = False  # it would overwrite what is kept
+        return tuple(torch.cat([head(batch) for batch in batches_of(x, EVALUATION_BATCH)]) for x in inputs)
 
     def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Features (n, D) and logits (n, C) of a minibatch."""
@@ -321,7 +323,7 @@ class GatedNetwork:
     @torch.no_grad()
     def features(self, x: Inputs) -> Tensor:
         """Features (n, D) of all samples; what lies behind the bottleneck is not run."""
-        return torch.cat([self._features_of(batch) for batch in x.split(EVALUATION_BATCH)])
+        return torch.cat([self._features_of(batch) for batch in batches_of(x, EVALUATION_BATCH)])
 
     def _features_of(self, batch: Tensor) -> Tensor:
         self._at_bottleneck.stops = True
@@ -336,7 +338,7 @@ class GatedNetwork:
     @torch.no_grad()
     def outputs(self, x: Inputs) -> tuple[Tensor, Tensor]:
         """Features (n, D) and logits (n, C) of all samples, without gradients."""
-        features, logits = zip(*(self(batch) for batch in x.split(EVALUATION_BATCH)), strict=True)
+        features, logits = zip(*(self(batch) for batch in batches_of(x, EVALUATION_BATCH)), strict=True)
         return torch.cat(features), torch.cat(logits)
 
 

@@ -15,6 +15,7 @@ from ffw_fast.data.pixels import Pixels
 from ffw_fast.data.samples import Inputs, Samples
 from ffw_fast.data.stream import Stream, drawing_from
 from ffw_fast.gated_network import bottleneck_module
+from ffw_fast.modes import evaluation_mode
 from ffw_fast.modules import maskable_layers, masked_layers
 from ffw_fast.settings import Settings
 
@@ -186,16 +187,13 @@ def check_model(model: nn.Module, bottleneck: str, samples: Sequence[Samples]) -
     handle = bottleneck_module(model, bottleneck).register_forward_hook(
         lambda _module, _inputs, output: seen.append((output, _version(output)))
     )
-    modes = {part: part.training for part in model.modules()}
     try:
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            logits, again = (model.eval()(x.clone()) for _ in range(2))
+        with evaluation_mode(model), torch.no_grad(), torch.random.fork_rng(devices=[]):
+            logits, again = (model(x.clone()) for _ in range(2))
     except Exception as error:  # whatever the model's own code raises
         raise ValueError(f"the model fails on samples x of shape {tuple(x.shape)}: {error}") from error
     finally:
         handle.remove()
-        for part, training in modes.items():
-            part.training = training
     if len(seen) != 2:
         times = "never reached" if not seen else f"reached {len(seen) // 2} times"
         raise ValueError(f"bottleneck {bottleneck!r} is {times} in a forward pass; it must be reached exactly once")

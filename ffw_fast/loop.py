@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ffw_fast import cautions
 from ffw_fast.convolutions import repeatable_convolutions
+from ffw_fast.convolutions.fft import memory_of_steps
 from ffw_fast.data.samples import Inputs
 from ffw_fast.distributed import Alone
 from ffw_fast.extraction import Extraction, masks_of, weight_sparsity
@@ -43,6 +44,7 @@ class Loop:
         self.settings = settings
         self.group = group or Alone()
         self.train, self.val = train, problem.val
+        self.input_shape = tuple(train.x.shape[1:])  # before the frozen part is taken out
         self.autocast = torch.autocast(
             device.type, PRECISIONS[settings.precision], enabled=settings.precision != "fp32", cache_enabled=False
         )
@@ -79,7 +81,8 @@ class Loop:
         """All epochs, from the start or from the checkpoint that the state holds."""
         progress.stage("extraction", self.settings.max_epochs)
         device = self.gates.scores.device
-        with memory_errors_explained("the extraction", self.settings.batch_size, device), repeatable_convolutions():
+        explained = memory_errors_explained("the extraction", self.settings.batch_size, device)
+        with explained, repeatable_convolutions(), memory_of_steps():
             examples = self.train.x[:EXAMPLES]
             doubts = list(cautions.of_bottleneck(self.network.module, self.settings.bottleneck, examples))
             self._take_out_frozen_part()
@@ -346,7 +349,7 @@ class Loop:
             best_scores=self._layers(self.gates.whole(self.best_scores)),
             history=self.history,
             metrics={**self.metrics, "epochs": len(self.history), "seconds": self.seconds},
-            input_shape=tuple(self.train.x.shape[1:]),
+            input_shape=self.input_shape,
         )
 
     def _layers(self, scores: Tensor) -> dict[str, Tensor]:

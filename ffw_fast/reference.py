@@ -18,13 +18,15 @@ from torch.nn.functional import cross_entropy
 from ffw_fast import bise, optim, philox
 from ffw_fast import heads as private_heads
 from ffw_fast.channels import ChannelGraph
-from ffw_fast.data.samples import Samples
+from ffw_fast.copies import copy_of
+from ffw_fast.data.samples import Samples, batches_of
 from ffw_fast.extraction import Extraction, gated_tensors, masks_of, sparsity, weight_sparsity
 from ffw_fast.gated_network import bottleneck_module
 from ffw_fast.gates import GateKind, gate, gate_movement, gate_slope, half_open
 from ffw_fast.inputs import Problem, prepare
 from ffw_fast.loop import GATE_EPOCHS
 from ffw_fast.measure import Measurement, measure
+from ffw_fast.modes import training_modes
 from ffw_fast.modules import flat_offsets
 from ffw_fast.ops import joint_distribution, joint_information
 from ffw_fast.plateau import Plateau
@@ -35,6 +37,7 @@ from ffw_fast.seeding import epoch_order
 from ffw_fast.settings import PRECISIONS, Settings
 
 
+@training_modes()
 def extract(
     model: nn.Module,
     train: Any,
@@ -94,7 +97,7 @@ class Reference:
         settings, model, train, device = problem.settings, problem.model, problem.train, problem.device
         self.settings, self.train, self.val, self.quirks = settings, train, problem.val, quirks
         self.dense_model = model
-        self.network = copy.deepcopy(model).to(device).eval().requires_grad_(False)
+        self.network = copy_of(model).to(device).eval().requires_grad_(False)
         self.weights = gated_tensors(self.network, settings)
         if settings.granularity == "channel":
             self.gate_channels(ChannelGraph(self.network, settings.where))
@@ -218,8 +221,9 @@ class Reference:
                 gates = StraightThroughGate.apply(self.scores[name], kind, self.temperature, uniforms[name])
             self.gated[name] = weight * gates
         in_layers = self.gated if self.settings.granularity == "weight" else {}
+        gated = {f"{name}.weight": weight for name, weight in in_layers.items()}
         with self.autocast:
-            logits = functional_call(self.network, {f"{name}.weight": v for name, v in in_layers.items()}, (x,))
+            logits = functional_call(self.network, gated, (x,), tie_weights=False)
         return self.features.float(), logits.float()
 
     def information(self, head_logits: Tensor, b: Tensor) -> Tensor:
@@ -327,7 +331,8 @@ class Reference:
         """Logits, head logits, and the mean MI over minibatches, in one pass over a set."""
         labels = samples.y.unsqueeze(1).expand_as(samples.b) if self.quirks else samples.b
         logits, head_logits, information = [], [], []
-        for x, b in zip(samples.x.split(self.settings.batch_size), labels.split(self.settings.batch_size), strict=True):
+        size = self.settings.batch_size
+        for x, b in zip(batches_of(samples.x, size), labels.split(size), strict=True):
             features, batch_logits = self.forward(x, masks)
             logits.append(batch_logits)
             head_logits.append(frozen_logits(heads, features))
@@ -350,7 +355,7 @@ class BiseReference(Reference):
         super().__init__(problem, quirks=False)
         self.selects = selects
         with torch.no_grad():
-            _features, logits = self.forward(self.train.x[:1])
+            _features, logits = self.forward(self.train.x[:1].clone())
         self.objective = bise.BiasedObjective.from_settings(self.settings, self.train, logits.shape[1])
 
     def make_scores_optimizer(self) -> torch.optim.Optimizer:

@@ -23,6 +23,7 @@ from ffw_fast.tanh import FastTanh, use_fast_tanh
 Classes: TypeAlias = type[nn.Module] | tuple[type[nn.Module], ...]
 
 LINEAR_LAYERS = tuple(MASKED_CLASSES)
+IN_PLACE = ("setitem", *(f"i{name}" for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul")))
 OVERWRITING = (nn.ReLU, FastTanh)  # whose gradient needs the output alone
 TOLERANCE = 1e-3  # of the largest output; folding rounds differently, but is far nearer than this
 
@@ -51,7 +52,7 @@ def simplified(model: nn.Module, bottleneck: str, outputs: Callable[[nn.Module],
         except RuntimeError:
             return plain
     same = all(
-        torch.allclose(ours, theirs, rtol=0, atol=TOLERANCE * float(theirs.abs().max()))
+        bool((ours - theirs).abs().max() <= TOLERANCE * theirs.abs().max())  # not where one is NaN
         for ours, theirs in zip(given, expected, strict=True)
     )
     return cheap if same else plain
@@ -76,12 +77,13 @@ def overwrite_in_activations(model: nn.Module, graph: fx.Graph, bottleneck: str 
 
     That is a sum, or the output of a Conv, a Linear or a folded batch norm.
     """
-    names = [name for _, name in _pairs(model, graph, OVERWRITING, bottleneck)]
-    runs = _runs(graph)
+    pairs = _pairs(model, graph, OVERWRITING, bottleneck)
+    names = [reader for layer, reader in pairs if not any(_is_watched(model.get_submodule(x)) for x in (layer, reader))]
+    runs, kept = _runs(graph), _given_by(graph, bottleneck)
     for node in graph.nodes:
         if isinstance(module_of(model, node), OVERWRITING) and runs[node.target] == 1 and node.args:
             (source,) = node.args
-            if _is_read_once(source, bottleneck) and source.target is operator.add:  # which keeps nothing for later
+            if _is_read_once(source, kept) and source.target is operator.add:  # which keeps nothing for later
                 names.append(str(node.target))
     for name in names:
         activation: Any = model.get_submodule(name)
@@ -93,15 +95,15 @@ def _pairs(model: nn.Module, graph: fx.Graph, reader: Classes, bottleneck: str) 
 
     What is read as the bottleneck has two readers.
     """
-    runs = _runs(graph)
+    runs, kept = _runs(graph), _given_by(graph, bottleneck)
     for node in graph.nodes:
         if not isinstance(module_of(model, node), reader):
             continue
         source: Any = node.args[0] if node.args else None
-        read_once = _is_read_once(source, bottleneck)
+        read_once = _is_read_once(source, kept)
         while read_once and isinstance(module_of(model, source), nn.Identity):  # a folded batch norm
             source = source.args[0]
-            read_once = _is_read_once(source, bottleneck)
+            read_once = _is_read_once(source, kept)
         if not read_once or type(module_of(model, source)) not in LINEAR_LAYERS:
             continue
         if runs[source.target] == runs[node.target] == 1:
@@ -113,8 +115,25 @@ def _runs(graph: fx.Graph) -> Counter[Any]:
     return Counter(node.target for node in graph.nodes if node.op == "call_module")
 
 
-def _is_read_once(node: Any, bottleneck: str) -> bool:
-    return isinstance(node, fx.Node) and len(node.users) == 1 and node.target != bottleneck
+def _given_by(graph: fx.Graph, bottleneck: str) -> set[fx.Node]:
+    """The nodes whose value a module, which may be a container, gives to what lies outside of it."""
+
+    def is_inside(node: fx.Node) -> bool:
+        if node.op == "call_module":
+            return f"{node.target}.".startswith(f"{bottleneck}.")
+        return bottleneck in node.meta.get("nn_module_stack", {})
+
+    outside = [node for node in graph.nodes if not is_inside(node)]
+    return {source for node in outside for source in node.all_input_nodes if is_inside(source)}
+
+
+def _is_read_once(node: Any, kept: set[fx.Node]) -> bool:
+    return isinstance(node, fx.Node) and len(node.users) == 1 and node not in kept
+
+
+def _is_watched(module: nn.Module) -> bool:
+    """Whether hooks read the module's gradients, which makes its output a view that nothing may overwrite."""
+    return bool(module._backward_hooks or module._backward_pre_hooks)
 
 
 @torch.no_grad()
@@ -136,8 +155,10 @@ def split_before(model: nn.Module, first: type[nn.Module], bottleneck: str) -> t
     """The part of a model before its first module of a class, and the rest, as ``GraphModule`` of its own parts.
 
     None where there is nothing before it, where the rest reads more than that one output, where the bottleneck is not
-    a module without parts in the rest, or where the forward pass cannot be traced.
+    a module without parts in the rest, or where the forward pass cannot be traced or hooks stand about it.
     """
+    if model._forward_hooks or model._forward_pre_hooks:
+        return None
     try:
         graph = _WholeModules(first).trace(model)
     except Exception:  # whatever the model's code raises under symbolic inputs
@@ -156,6 +177,9 @@ def split_before(model: nn.Module, first: type[nn.Module], bottleneck: str) -> t
     front.output(copies[given])
     with graph.inserting_before(inputs[0]):
         given.replace_all_uses_with(graph.placeholder("frozen"))
+    for before in reversed(copies):
+        if not before.users and before.op != "placeholder":
+            graph.erase_node(before)  # also one that works in place: its part is done
     head, rest = (_without_dead_code(fx.GraphModule(model, part)) for part in (front, graph))
     left = [node for node in rest.graph.nodes if node.op == "placeholder"]
     if left[1].users or bottleneck not in {str(node.target) for node in rest.graph.nodes if node.op == "call_module"}:
@@ -166,10 +190,20 @@ def split_before(model: nn.Module, first: type[nn.Module], bottleneck: str) -> t
 
 
 def _without_dead_code(module: fx.GraphModule) -> fx.GraphModule:
-    module.graph.eliminate_dead_code()
+    module.graph.eliminate_dead_code(_has_effects)
     module.recompile()
     module.delete_all_unused_submodules()
     return module
+
+
+def _has_effects(node: fx.Node) -> bool:
+    """Whether a node does more than give a value, so that it matters even where nothing reads that."""
+    if node.op not in ("call_function", "call_method"):
+        owner: Any = node.graph.owning_module
+        return node.is_impure() or bool(getattr(module_of(owner, node), "inplace", False))
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    in_place = name.endswith("_") or name in IN_PLACE or bool(node.kwargs.get("inplace"))
+    return in_place or node.is_impure()
 
 
 class _WholeModules(fx.Tracer):

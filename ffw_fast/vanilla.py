@@ -14,9 +14,10 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from ffw_fast.convolutions import cheapest_convolutions
 from ffw_fast.data.augmentation import crop_at_random, flip_at_random
 from ffw_fast.data.pixels import Pixels
-from ffw_fast.data.samples import Samples
+from ffw_fast.data.samples import Samples, batches_of
 from ffw_fast.files import DamagedFileError
 from ffw_fast.gated_network import EVALUATION_BATCH
+from ffw_fast.modes import training_modes
 from ffw_fast.run_state import OtherRunError, Resumable, RunState
 from ffw_fast.seeding import epoch_order, seeded_generator
 
@@ -81,6 +82,7 @@ class Recipe:
         return torch.optim.SGD(parameters, self.lr, momentum=self.momentum, weight_decay=self.weight_decay, fused=True)
 
 
+@training_modes()
 def train_vanilla(
     model: nn.Module,
     samples: Samples,
@@ -240,7 +242,7 @@ class _Plateau:
     def _loss(self) -> float:
         self.model.eval()
         with _autocast(self.val.y.device, self.precision):
-            logits = torch.cat([self.model(x).float() for x in self.val.x.split(EVALUATION_BATCH)])
+            logits = torch.cat([self.model(x).float() for x in batches_of(self.val.x, EVALUATION_BATCH)])
         self.model.train()
         return F.cross_entropy(logits, self.val.y).item()
 

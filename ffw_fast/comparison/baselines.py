@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from ffw_fast.data.samples import Samples
+from ffw_fast.data.samples import Samples, batches_of
 from ffw_fast.extraction import apply_masks
 from ffw_fast.finetune import finetune
 from ffw_fast.gated_network import EVALUATION_BATCH
@@ -73,7 +73,7 @@ def _read_by(model: nn.Module, name: str, sets: list[Samples]) -> list[Samples] 
     found = []
     for samples in sets:
         read = []
-        for batch in samples.x.split(EVALUATION_BATCH):
+        for batch in batches_of(samples.x, EVALUATION_BATCH):
             seen.clear()
             logits = network(batch.to(device))
             if len(seen) != 1 or seen[0][1] is not logits or logits.dim() != 2:

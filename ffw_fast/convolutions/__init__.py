@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ffw_fast.convolutions.batch_innermost import keep_batch_innermost
-from ffw_fast.convolutions.fft import FftConv2d, can_use_fft, has_compiled_kernel, is_worth_it
+from ffw_fast.convolutions.fft import FftConv2d, can_use_fft, has_compiled_kernel, is_worth_it, memory_of_steps
 from ffw_fast.convolutions.tensor_core import TensorCoreConv2d
 from ffw_fast.convolutions.unrolled import UnrolledConv2d, is_worth_unrolling
 from ffw_fast.tanh import use_fast_tanh
@@ -93,7 +93,7 @@ def cheapest_convolutions(model: nn.Module, example: Tensor) -> Iterator[None]:
         use_cheapest_convolutions(model.eval(), example)  # in eval mode running statistics stay as they are
         model.train(was_training)
         use_fast_tanh(model)
-        with repeatable_convolutions():
+        with repeatable_convolutions(), memory_of_steps():
             yield
     finally:
         for module, was in classes.items():
@@ -105,13 +105,14 @@ def _image_sizes(model: nn.Module, example: Tensor) -> dict[nn.Conv2d, Sizes]:
     """Heights and widths of the images that each convolution gets."""
     sizes: dict[nn.Conv2d, Sizes] = {}
 
-    def note(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    def note(layer: nn.Module, inputs: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:
         assert isinstance(layer, nn.Conv2d)
-        if inputs[0].dim() == 4:
-            sizes.setdefault(layer, set()).add((inputs[0].shape[2], inputs[0].shape[3]))
+        x = inputs[0] if inputs else named["input"]
+        if x.dim() == 4:
+            sizes.setdefault(layer, set()).add((x.shape[2], x.shape[3]))
 
     layers = [layer for layer in model.modules() if type(layer) is nn.Conv2d]
-    hooks = [layer.register_forward_pre_hook(note) for layer in layers]
+    hooks = [layer.register_forward_pre_hook(note, with_kwargs=True) for layer in layers]
     try:
         model(example.clone())  # a copy, for a layer may overwrite its input
     finally:

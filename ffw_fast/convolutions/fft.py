@@ -24,7 +24,8 @@ parts of all entries, twice as large as a transform is. Of f and -f, whose value
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -291,6 +292,15 @@ class _Loan:
 def release_memory() -> None:
     """Give up the memory that is kept for the spectra of the next step."""
     _free_memory.clear()
+
+
+@contextmanager
+def memory_of_steps() -> Iterator[None]:
+    """Where steps are taken one after the other; afterwards the memory for their spectra is given up."""
+    try:
+        yield
+    finally:
+        release_memory()
 
 
 class _FftConv2d(torch.autograd.Function):

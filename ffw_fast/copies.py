@@ -1,0 +1,25 @@
+"""Copies of users' models, and the tensors that such a model keeps."""
+
+import copy
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def copy_of(model: Model) -> Model:
+    """A deep copy, also of a model that has kept outputs of its last forward pass, which PyTorch refuses to copy."""
+    outputs = [value for module in model.modules() for value in vars(module).values() if _is_output(value)]
+    return copy.deepcopy(model, {id(output): output.detach().clone() for output in outputs})
+
+
+def _is_output(value: Any) -> bool:
+    return isinstance(value, Tensor) and not value.is_leaf
+
+
+def state_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers by name, dense; what modules keep beside them (``get_extra_state``) is left out."""
+    state = {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
+    return {name: value if value.layout == torch.strided else value.to_dense() for name, value in state.items()}
