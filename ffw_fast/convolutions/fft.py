@@ -24,6 +24,7 @@ parts of all entries, twice as large as a transform is. Of f and -f, whose value
 
 import functools
 import math
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -268,6 +269,7 @@ _backward = torch.ops.ffw_fast.fft_conv2d_backward.default
 # Autograd ---------------------------------------------------------------------------------------------------
 
 _free_memory: list[Tensor] = []  # for spectra, between one step and the next
+_lending = threading.Lock()
 
 
 class _Loan:
@@ -277,13 +279,14 @@ class _Loan:
     """
 
     def __init__(self, size: int, like: Tensor) -> None:
-        fitting = [
-            index
-            for index, free in enumerate(_free_memory)
-            if size <= free.numel() <= 2 * size and free.dtype == like.dtype and free.device == like.device
-        ]
-        smallest = min(fitting, key=lambda index: _free_memory[index].numel(), default=None)
-        self.memory = like.new_empty(size) if smallest is None else _free_memory.pop(smallest)
+        with _lending:
+            fitting = [
+                index
+                for index, free in enumerate(_free_memory)
+                if size <= free.numel() <= 2 * size and free.dtype == like.dtype and free.device == like.device
+            ]
+            smallest = min(fitting, key=lambda index: _free_memory[index].numel(), default=None)
+            self.memory = like.new_empty(size) if smallest is None else _free_memory.pop(smallest)
 
     def __del__(self) -> None:
         _free_memory.append(self.memory)
@@ -291,7 +294,8 @@ class _Loan:
 
 def release_memory() -> None:
     """Give up the memory that is kept for the spectra of the next step."""
-    _free_memory.clear()
+    with _lending:
+        _free_memory.clear()
 
 
 @contextmanager
