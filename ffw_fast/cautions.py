@@ -96,12 +96,10 @@ def of_schedule(schedule: Schedule, gates: FlatGates, epochs: int) -> Iterator[s
     temperature = gates.temperature.item()
     if schedule.has_ended(temperature):
         return
-    distance = gates.half_open()
     left = "the gates are open or shut, but the scores that decide which were not trained to the end"
-    if distance > 0:
+    if gates.half_open() > 0:
         left = (
-            f"the gates are on average still {distance:.2g} away from open or shut, so the pruned network is not yet "
-            "the one that was trained"
+            "gates are still partly open that pruning shuts, so the pruned network is not yet the one that was trained"
         )
     remedy = "allow more epochs (max_epochs)" + (" or take a larger anneal_rate" if schedule.anneals else "")
     yield (

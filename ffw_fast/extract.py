@@ -96,16 +96,16 @@ def extract(
         cache_augmented: with samples that are augmented at random, fit the heads on the features of one draw, computed
             once a fit, and not of a new draw in every epoch of it: other results, in far fewer passes.
         device: where to run; default: where the model is.
-        run_dir: a folder for checkpoints.
-        resume: continue from the run folder's newest checkpoint.
+        run_dir: a folder for checkpoints; without ``resume`` those that are there are replaced.
+        resume: continue from the run folder's newest checkpoint, where there is one.
         shard: on several processes, let each keep scores, moments and best scores of its share of the gates alone.
         progress: whether to show it on standard error.
 
     Returns:
-        The scores, the best scores (lowest mean validation bias accuracy of the pruned network, judged at each fall of
-        T and at the end; for BISE the highest task accuracy on ``val``, judged every epoch, or without ``val`` the last
-        ones), the history of epochs and the metrics on ``val`` (or ``train``). BISE's metrics say by ``selection`` and
-        ``measured_on`` which it was.
+        The scores, the best scores (lowest mean validation bias accuracy of the pruned network, judged at each tenfold
+        fall of T and at the end; for BISE the highest task accuracy on ``val``, judged every epoch, or without ``val``
+        the last ones), the history of epochs and the metrics on ``val`` (or ``train``). BISE's metrics say by
+        ``selection`` and ``measured_on`` which it was.
 
     Raises:
         ValueError, TypeError: bad input; what was given and expected, before any training.

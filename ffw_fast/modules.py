@@ -339,7 +339,9 @@ def flat_offsets(sizes: Iterable[int]) -> list[int]:
 def mask_model(
     model: nn.Module, gate: str = "ffw", granularity: str = "weight", *, include: LayerFilter = None, seed: int = 0
 ) -> nn.Module:
-    """Put masked layers in place of a model's Conv and Linear layers and freeze all else in it.
+    """Put masked layers in place of a model's Conv and Linear layers and freeze all other parameters.
+
+    Batch norm's running statistics still move in train mode: keep the model in eval mode.
 
     Masked are ``nn.Conv1d``, ``nn.Conv2d``, ``nn.Conv3d`` and ``nn.Linear`` themselves, not their subclasses (such as
     the output projection of ``nn.MultiheadAttention``, which is not read through its ``forward``). A layer that stands
@@ -456,6 +458,10 @@ def set_temperature(module: nn.Module, temperature: float) -> None:
 
 
 def draw_gates(module: nn.Module) -> None:
-    """Draw the random gates of every masked layer in the module anew. Gates of the other kinds stay as they are."""
+    """Draw the random gates of every masked layer in the module anew. Gates of the other kinds stay as they are.
+
+    Raises:
+        ValueError: nothing in it is masked.
+    """
     for layer in _masked_layers_of(module, "draw_gates"):
         layer.draw[1] += 1

@@ -123,6 +123,8 @@ class GatedSGD(GatedOptimizer):
 class GatedAdam(GatedOptimizer):
     """``torch.optim.Adam`` on gate scores, one pass a step over flat buffers.
 
+    It is what ``ffw_fast.extract`` trains with. For masked layers use ``torch.optim.Adam`` on their scores.
+
     The parameters are the flat gated weights, whose gradients autograd fills; what is trained are the scores behind
     them. A step computes the scores' straight-through gradient, Adam with L2 weight decay (added to the gradient) and
     bias correction, and the gated weights of the new scores.
@@ -135,6 +137,7 @@ class GatedAdam(GatedOptimizer):
 
     Raises:
         ValueError: a setting out of its range.
+        TypeError: other parameters than ``FlatGates``.
     """
 
     def __init__(

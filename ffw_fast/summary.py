@@ -25,7 +25,7 @@ def metrics_table(metrics: dict[str, Any], bias_names: tuple[str, ...], num_bias
         table.add_row(title, *(cell(metrics[network]) for network in NETWORKS))
 
     add("task accuracy", lambda row: f"{row['task_accuracy']:.3f}")
-    add("worst group", lambda row: f"{min(row['groups']['bias_worst_group']):.3f}")
+    add("worst group of a bias", lambda row: f"{min(row['groups']['bias_worst_group']):.3f}")
     for index, name in enumerate(bias_names):
         add(f"{name}, read by a head", partial(_accuracy, index=index))
         add(f"{name}, MI (floor)", partial(_information, index=index))

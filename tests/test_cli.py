@@ -105,7 +105,7 @@ def test_the_closing_table_fits_a_terminal_and_tells_the_folder(finished, capsys
     for title in (
         "vanilla",
         "task accuracy",
-        "worst group",
+        "worst group of a bias",
         "left colour, MI (floor)",
         "right colour, read",
         "sparsity",

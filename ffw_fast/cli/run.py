@@ -43,6 +43,8 @@ def add_to(commands: Commands) -> None:
         parser = workload_parser(workloads, workload, out=f"runs/{workload.name}")
         add_setting(parser, workload.default_gamma)
         _add_options(parser)
+        guess = "BISE: bias labels are what a network answers after one epoch of training"
+        parser.add_argument("--guess-bias", action="store_true", help=guess)
     parser = _own_parser(workloads)
     add_setting(parser, 10.0)
     _add_options(parser)
@@ -53,7 +55,6 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     choose("--correlations", type=float, nargs="+", metavar="RHO", help="BISE: of each bias and the target")
     choose("--aligned", type=int, nargs="+", metavar="B", help="BISE: the bias label that goes with each target")
     choose("--without-val", action="store_true", help="BISE: no unbiased validation set; the last scores are the best")
-    choose("--guess-bias", action="store_true", help="BISE: bias labels are what a network answers after one epoch")
     parser.add_argument(
         "--resume", action="store_true", help="continue from the run folder's checkpoint, where there is one"
     )

@@ -57,6 +57,8 @@ def read_comparison(path: Path) -> Comparison:
         ValueError: it is damaged, or of a workload that is not known here.
     """
     file = path / RESULTS if path.is_dir() else path
+    if not file.exists():
+        raise FileNotFoundError(f"{path} is no folder of a comparison: it has no {RESULTS}")
     content = read_json(file)
     identity, rows = content.get("identity"), content.get("methods")
     if not isinstance(identity, dict) or not isinstance(rows, dict):
