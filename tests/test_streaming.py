@@ -119,6 +119,23 @@ def test_draws_depend_on_the_order_alone_and_not_on_workers_or_minibatches():
     assert not torch.isclose(other, first[order]).any()
 
 
+def test_streams_are_read_alike_whatever_the_default_device_is():
+    """Labels come as numbers, of which PyTorch makes tensors on that device."""
+
+    class Numbered(Items):
+        def __getitem__(self, index):
+            x, y, b = super().__getitem__(index)
+            return x, int(y), int(b)
+
+    data = Numbered(samples(30), DRAWS["numpy"])
+    expected = as_samples(data, "train", CLASSES)
+    with torch.device("meta"):
+        given = as_samples(data, "train", CLASSES)
+        x = given.x[:]
+    assert torch.equal(x, expected.x[:])
+    assert torch.equal(given.y, expected.y)
+
+
 def test_a_sampler_chooses_what_is_streamed(no_room):
     data = samples(20)
     data[0][:, 0] = torch.arange(20)
