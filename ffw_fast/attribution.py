@@ -71,7 +71,7 @@ def explain(networks: Mapping[str, nn.Module], samples: Samples) -> dict[str, Te
     if len(shape) != 4 or shape[1] not in (1, 3) or shape[2] * shape[3] < 2:
         return {}
     chosen = conflicting_examples(samples)
-    x = chosen.x[torch.arange(len(chosen.y))].float()
+    x = chosen.x[torch.arange(len(chosen.y), device="cpu")].float()
     found = {"x": x, "y": chosen.y, "b": chosen.b}
     for name, network in networks.items():
         device = next(network.parameters()).device

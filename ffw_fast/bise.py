@@ -133,13 +133,13 @@ def aligned_labels(num_classes: int, num_bias_classes: int, aligned: Sequence[in
                 f"each target by aligned=[...], {num_classes} numbers from 0 to {num_bias_classes - 1}; all others "
                 "conflict"
             )
-        return torch.arange(num_classes)
+        return torch.arange(num_classes, device="cpu")
     if len(aligned) != num_classes or not all(0 <= label < num_bias_classes for label in aligned):
         raise ValueError(
             f"aligned must hold {num_classes} bias labels from 0 to {num_bias_classes - 1}, one for each target, "
             f"got {list(aligned)}"
         )
-    return torch.tensor(aligned, dtype=torch.int64)
+    return torch.tensor(aligned, dtype=torch.int64, device="cpu")
 
 
 def given_importance(correlations: Sequence[float], aligned: Tensor, num_bias_classes: int) -> Tensor:

@@ -144,7 +144,7 @@ def _samples(example: Tensor) -> Tensor:
         raise ValueError(f"the example must hold at least one sample, got shape {tuple(example.shape)}")
     given = example[:SAMPLES].double()
     source = torch.Generator().manual_seed(0)
-    noise = torch.randn(given.shape, generator=source, dtype=given.dtype).to(given.device)
+    noise = torch.randn(given.shape, generator=source, dtype=given.dtype, device="cpu").to(given.device)
     return torch.cat([given, noise])
 
 

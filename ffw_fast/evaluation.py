@@ -94,7 +94,7 @@ def evaluate(
 @torch.no_grad()
 def _logits(model: nn.Module, x: Inputs, batch_size: int, device: torch.device | str | None) -> Tensor:
     """Logits (n, classes) on the CPU of the model in eval mode, whose parts then are in the mode that they were in."""
-    here = next(model.parameters(), torch.empty(0)).device
+    here = next(model.parameters(), torch.empty(0, device="cpu")).device
     where = torch.device(device) if device is not None else here
     if where != here:
         model = copy_of(model).to(where)
@@ -124,7 +124,7 @@ def evaluate_predictions(predictions: Tensor, y: Tensor, b: Tensor) -> Evaluatio
     cells: dict[str, float] = {}
     for pattern in aligned.unique(dim=0).tolist():
         name = "/".join("aligned" if is_aligned else "conflicting" for is_aligned in pattern)
-        cells[name] = _mean(right, (aligned == torch.tensor(pattern)).all(1))
+        cells[name] = _mean(right, (aligned == aligned.new_tensor(pattern)).all(1))
     return Evaluation(
         average=right.mean().item(),
         worst_group=accuracies.min().item(),

@@ -154,7 +154,7 @@ def extract(
             "weights": digest(*state_tensors(loop.network.module).values()),
             "data": digest(*loop.train.identity(), *loop.val.identity()),
         }
-        group.check_same({**identity, **computing(target), "max_epochs": max_epochs, "shard": shard})
+        group.check_same({**identity, **computing(target), "max_epochs": settings.max_epochs, "shard": shard})
         with group.together(lambda: RunState(run_dir, identity, resume)) as state:
             loop.run(state, shown)
     return loop.extraction(model)

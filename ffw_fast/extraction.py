@@ -101,7 +101,7 @@ class Extraction:
             )
         source = seeded_generator(self.settings.seed, "example")
         weight = next(self.dense_model.parameters())
-        return torch.randn(count, *self.input_shape, generator=source).to(weight)
+        return torch.randn(count, *self.input_shape, generator=source, dtype=torch.float32, device="cpu").to(weight)
 
     def finetune(self, train: Any, val: Any, epochs: int = 10, *, gamma: float = 0.0, best: bool = False) -> nn.Module:
         """The pruned network with its surviving weights trained further; see ``ffw_fast.finetune.finetune``."""

@@ -10,6 +10,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from stat import S_IMODE
 from typing import Any, TypeAlias
 
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor
 
 CHECKSUM = "checksum"
 ShapesCheck: TypeAlias = Callable[[dict[str, tuple[int, ...]]], None]
+TEMPORARY = ".tmp"  # ends the name of a file that is being written
 LARGEST_TEXT = 1 << 28  # bytes of a JSON or CSV file; a history of a million epochs is smaller
 
 
@@ -35,7 +37,7 @@ def written_whole(path: Path) -> Iterator[Path]:
     Raises:
         OSError: it cannot be written; the temporary file is removed.
     """
-    temporary = path.with_name(f"{path.name}.tmp")
+    temporary = path.with_name(f"{path.name}{TEMPORARY}")
     try:
         yield temporary
         with temporary.open("rb+") as file:
@@ -68,10 +70,19 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], texts: Mapping[str,
     contents = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
     texts = dict(texts or {})
     with written_whole(path) as temporary:
+        mode = _mode_of_new(temporary)
         try:
             save_file(contents, temporary, {**texts, CHECKSUM: _checksum(contents, texts)})
+            temporary.chmod(mode)  # save_file lets the owner alone read what it writes
         except SafetensorError as error:  # it has its own class for a full disk and the like
             raise OSError(f"{path} cannot be written: {error}") from error
+
+
+def _mode_of_new(path: Path) -> int:
+    """What the umask lets others do with a new file, which then is at ``path``, empty."""
+    path.unlink(missing_ok=True)
+    path.touch()
+    return S_IMODE(path.stat().st_mode)
 
 
 def read_tensors(path: Path, check: ShapesCheck | None = None) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -66,7 +66,10 @@ class FlatGates:
             self.gated.data[part] = self._gated(part, torch.zeros_like(weight))
         self.own = self._group.own(len(self.weight))
         self.scores = torch.zeros_like(self.weight[self.own])
-        ends = [torch.arange(part.stop, end) for part, end in zip(self._slices.values(), offsets[1:], strict=True)]
+        ends = [
+            torch.arange(part.stop, end, device="cpu")
+            for part, end in zip(self._slices.values(), offsets[1:], strict=True)
+        ]
         padding = torch.cat(ends)
         own = (padding >= self.own.start) & (padding < self.own.stop)
         self._padding = padding[own].to(example.device)

@@ -31,11 +31,12 @@ def works_meanwhile(device: torch.device) -> bool:
 
 
 def initial_parameters(heads: int, classes: int, features: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Weight (heads, K, D) and bias (heads, K), uniform in ``+-1/sqrt(D)`` as in ``nn.Linear``."""
+    """Weight (heads, K, D) and bias (heads, K), float32 on the CPU, uniform in ``+-1/sqrt(D)`` as in ``nn.Linear``."""
     bound = 1 / math.sqrt(features)
     source = seeded_generator(seed, "private heads")
-    weight = torch.empty(heads, classes, features).uniform_(-bound, bound, generator=source)
-    return weight, torch.empty(heads, classes).uniform_(-bound, bound, generator=source)
+    weight = torch.empty(heads, classes, features, dtype=torch.float32, device="cpu")
+    bias = torch.empty(heads, classes, dtype=torch.float32, device="cpu")
+    return weight.uniform_(-bound, bound, generator=source), bias.uniform_(-bound, bound, generator=source)
 
 
 @dataclass
@@ -132,7 +133,7 @@ class PrivateHeads:
             drawn = samples.in_order(epoch_order(len(samples.y), self.seed, HEAD_EPOCHS, self.epochs))
             return self.fit(features_of(drawn.x), drawn.b)
         plateau, start = self._no_plateau(), self.epochs
-        in_turn = torch.arange(len(samples.y)).unsqueeze(0)
+        in_turn = torch.arange(len(samples.y), device="cpu").unsqueeze(0)
         while not self._is_done(plateau, start):
             order = epoch_order(len(samples.y), self.seed, HEAD_EPOCHS, self.epochs)
             features = features_of(samples.x.in_order(order))

@@ -96,7 +96,9 @@ def as_samples(data: Any, name: str, num_bias_classes: int | None) -> Samples:
             raise TypeError(f"{name} must be three tensors (x, y, b), got ({parts})")
         x, y, b = data
     elif is_dataset(data):
-        with drawing_from(0):  # a DataLoader draws from the global generator: let it give the same order in every run
+        # A DataLoader draws from the global generator: let it give the same order in every run. And PyTorch's default
+        # device is where labels would be collated, beside inputs that come from the CPU.
+        with drawing_from(0), torch.device("cpu"):
             x, y, b = read_dataset(data, name)
     else:
         raise TypeError(

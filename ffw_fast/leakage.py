@@ -72,6 +72,6 @@ def _outputs(network: nn.Module, bottleneck: str, x: Inputs) -> tuple[Tensor, Te
 def information_floor(head_logits: Tensor, b: Tensor, seed: int) -> list[float]:
     """Mean MI of each head's predictions with labels in random order: logits (n, heads, K), labels (n, heads)."""
     source = seeded_generator(seed, "shuffled labels")
-    shuffled = [b[torch.randperm(len(b), generator=source).to(b.device)] for _ in range(SHUFFLES)]
+    shuffled = [b[torch.randperm(len(b), generator=source, device="cpu").to(b.device)] for _ in range(SHUFFLES)]
     values = [joint_information(joint_distribution(head_logits, labels)) for labels in shuffled]
     return torch.stack(values).mean(0).tolist()

@@ -17,7 +17,7 @@ KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
 WORD = 0xFFFFFFFF
 
 
-def make_draw(seed: int = 0, number: int = 0, first_element: int = 0, device: torch.device | None = None) -> Tensor:
+def make_draw(seed: int = 0, number: int = 0, first_element: int = 0, device: torch.device | str = "cpu") -> Tensor:
     """The int64 tensor ``[seed, number, first_element]`` that keys one tensor's uniform numbers."""
     if first_element % 4:
         raise ValueError(f"the first element of a draw must be a multiple of 4, got {first_element}")

@@ -123,7 +123,7 @@ class PlainLines(Progress):
             self._unsaid = ""
 
     def _say(self, line: str) -> None:
-        print(line, file=self._file, flush=True)
+        print(line, file=self._file, flush=hasattr(self._file, "flush"))
 
 
 class LiveDisplay(Progress):
@@ -200,9 +200,10 @@ def describe_time(seconds: float) -> str:
 
 
 def make_progress(progress: bool | Progress) -> Progress:
-    """The given progress itself, or for a bool what suits standard error."""
+    """The given progress itself, or for a bool what suits standard error, if there is one."""
     if isinstance(progress, Progress):
         return progress
-    if not progress:
+    if not progress or sys.stderr is None:
         return Progress()
-    return LiveDisplay() if sys.stderr.isatty() else PlainLines()
+    is_terminal = getattr(sys.stderr, "isatty", lambda: False)
+    return LiveDisplay() if is_terminal() else PlainLines()

@@ -103,7 +103,7 @@ class Reference:
             self.gate_channels(ChannelGraph(self.network, settings.where))
         bottleneck_module(self.network, settings.bottleneck).register_forward_hook(self.keep_features)
         self.scores = {name: torch.zeros_like(weight, requires_grad=True) for name, weight in self.weights.items()}
-        self.temperature = torch.ones((), device=device)
+        self.temperature = torch.ones((), dtype=torch.float32, device=device)
         self.draws = 0
         self.heads = self.make_heads(train.b.shape[1], problem.width, device)
         self.scores_optimizer = self.make_scores_optimizer()
@@ -128,7 +128,7 @@ class Reference:
     def make_heads(self, count: int, width: int, device: torch.device) -> nn.ModuleList:
         classes = self.settings.num_bias_classes
         weights, biases = private_heads.initial_parameters(count, classes, width, self.settings.seed)
-        heads = nn.ModuleList(nn.utils.skip_init(nn.Linear, width, classes) for _ in range(count))
+        heads = nn.ModuleList(nn.utils.skip_init(nn.Linear, width, classes, dtype=weights.dtype) for _ in range(count))
         for head, weight, bias in zip(heads, weights, biases, strict=True):
             head.load_state_dict({"weight": weight, "bias": bias})
         return heads.to(device)
@@ -236,7 +236,7 @@ class Reference:
 
     def train_epoch(self, epoch: int, anneals: bool) -> dict[str, float]:
         """A step of Adam on the scores and of SGD on the heads for each minibatch."""
-        settings, totals = self.settings, torch.zeros(3, dtype=torch.float64)
+        settings, totals = self.settings, torch.zeros(3, dtype=torch.float64, device="cpu")
         rows = epoch_order(len(self.train.y), settings.seed, GATE_EPOCHS, epoch)
         for x, y, b in self.train.batches(rows, settings.batch_size):
             features, logits = self.forward(x)
@@ -254,7 +254,7 @@ class Reference:
             self.heads_optimizer.step()
             if anneals:
                 self.temperature.copy_(next_temperature)
-            totals += torch.tensor([loss.item(), task_loss.item(), information.item()]) * len(y)
+            totals += totals.new_tensor([loss.item(), task_loss.item(), information.item()]) * len(y)
         return dict(zip(("loss", "cross_entropy", "train_mi"), (totals / len(rows)).tolist(), strict=True))
 
     @torch.no_grad()
@@ -365,7 +365,7 @@ class BiseReference(Reference):
     def losses(self, logits: Tensor, y: Tensor, head_logits: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
         """Reweighted cross-entropy, and the sum of the MI of each bias over the samples that conflict with it."""
         weighted = (self.objective.weights(y, b) * cross_entropy(logits, y, reduction="none")).mean()
-        information = torch.zeros((), device=y.device)
+        information = torch.zeros((), dtype=torch.float32, device=y.device)
         for head in range(b.shape[1]):
             rows = b[:, head] != self.objective.aligned[y]
             if rows.any():

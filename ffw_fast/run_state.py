@@ -22,6 +22,7 @@ from ffw_fast.settings import DEFAULTS
 from ffw_fast.version import __version__
 
 FORMAT = 2
+ARRIVING = ".new"  # ends the name of a checkpoint before it is the newest
 MAY_DIFFER = ("max_epochs",)  # nothing before the last epoch depends on it, so a run may be extended
 SHARE = 0.01  # of a run's time that writing checkpoints may take ...
 LONGEST = 300.0  # ... unless that leaves the last one older than so many seconds
@@ -193,11 +194,11 @@ class RunState:
         assert self._folder is not None and self.last is not None
         started = time.perf_counter()
         newest, previous = (self._folder / name for name in self._files)
-        arriving = self._folder / f"{self._files.newest}.new"
+        arriving = self._folder / f"{self._files.newest}{ARRIVING}"
         texts = {"record": self.last.record, "identity": json.dumps(self._identity)}
         try:
             write_tensors(arriving, self.last.tensors, texts)
-            if self._is_own:
+            if self._is_own and newest.exists():  # it is not where a write before this one was cut off just below
                 newest.replace(previous)
             arriving.replace(newest)
             if not self._is_own:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any, Self
 
+import numpy as np
 import torch
 
 from ffw_fast.gates import GateKind, gate_kind
@@ -41,6 +42,8 @@ class Settings:
     cache_augmented: bool = False
 
     def __post_init__(self) -> None:
+        for field in fields(self):
+            object.__setattr__(self, field.name, _plain(getattr(self, field.name)))
         if self.method not in METHODS:
             raise ValueError(f"unknown method {self.method!r}; known methods: {', '.join(METHODS)}")
         if self.precision not in PRECISIONS:
@@ -100,7 +103,7 @@ class Settings:
                 raise ValueError(f"{name} goes with method 'bise', not with {self.method!r}")
             if isinstance(value, str) or not isinstance(value, Sequence):
                 raise TypeError(f"{name} must be a list of numbers, got {type(value).__name__}")
-            object.__setattr__(self, name, tuple(value))
+            object.__setattr__(self, name, tuple(map(_plain, value)))
         for rho in self.correlations or ():
             if not isinstance(rho, int | float) or isinstance(rho, bool) or not 0 < rho < 1:
                 raise ValueError(f"correlations must lie between 0 and 1, both excluded, got {rho!r}")
@@ -108,6 +111,11 @@ class Settings:
             check_integer("aligned: a bias label", label, 0)
         if self.method == "bise" and self.schedule != "halving":
             raise ValueError(f"method 'bise' goes with schedule 'halving', got {self.schedule!r}")
+
+
+def _plain(value: Any) -> Any:
+    """Python's own number for one of numpy's, which JSON cannot hold."""
+    return value.item() if isinstance(value, np.generic) else value
 
 
 DEFAULTS = {field.name: field.default for field in fields(Settings) if field.default is not MISSING}

@@ -77,7 +77,7 @@ def _latencies(networks: list[nn.Module], x: Tensor) -> list[float]:
     while len(times[0]) < LATENCY_PASSES and (not times[0] or time.perf_counter() - started < LATENCY_SECONDS):
         for seconds, network in zip(times, networks, strict=True):
             seconds.append(_pass_seconds(network, x))
-    return [float(torch.tensor(seconds, dtype=torch.float64).median()) for seconds in times]
+    return [float(torch.tensor(seconds, dtype=torch.float64, device="cpu").median()) for seconds in times]
 
 
 def _pass_seconds(network: nn.Module, x: Tensor) -> float:

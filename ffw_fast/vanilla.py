@@ -202,8 +202,8 @@ class _Training(Resumable):
                 own = self.optimizer.state[parameter]
                 if own.get(name) is None:
                     # Adam keeps its count of steps on the CPU, and would read one on a GPU back in every step.
-                    empty = torch.zeros(()) if name == "step" else torch.zeros_like(parameter)
-                    own[name] = empty
+                    steps = torch.zeros((), dtype=torch.float32, device="cpu")
+                    own[name] = steps if name == "step" else torch.zeros_like(parameter)
                 tensors[f"optimizer.{number}.{name}"] = own[name]
         return tensors
 
@@ -277,7 +277,7 @@ def _train_epoch(
     precision: str,
 ) -> float:
     """One pass over minibatches (x, y, b); returns the mean loss."""
-    total, count = torch.zeros(()), 0
+    total, count = torch.zeros((), dtype=torch.float32, device="cpu"), 0
     for x, y, _b in batches:
         with _autocast(x.device, precision):
             logits = model(x)

@@ -3,6 +3,7 @@
 import copy
 import random
 import warnings
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -167,6 +168,31 @@ def test_one_seed_one_result_whatever_the_global_generators_say(few_head_epochs,
     assert_equal(*results)
     other = function(network(), loader, samples(20, seed=1), **arguments(seed=6, gate="bernoulli"))
     assert any(not torch.equal(other.scores[name], results[0].scores[name]) for name in other.scores)
+
+
+@contextmanager
+def default_dtype(dtype):
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+@pytest.mark.parametrize("default", [lambda: torch.device("meta"), lambda: default_dtype(torch.float64)])
+@pytest.mark.parametrize(
+    "changes", [{"gate": "bernoulli"}, {"schedule": "adaptive"}, {"method": "bise", "max_epochs": 11}]
+)
+@pytest.mark.parametrize("function", EXTRACTIONS)
+def test_the_default_device_and_dtype_of_pytorch_change_nothing(few_head_epochs, function, changes, default):
+    model, val = network(), samples(20, seed=1)
+    loader = DataLoader(TensorDataset(*samples(30)), batch_size=7, shuffle=True)
+    expected = function(model, loader, val, **arguments(**changes))
+    with default():
+        given = function(model, loader, val, **arguments(**changes))
+    assert_equal(given, expected)
+    assert [row["loss"] for row in given.history] == [row["loss"] for row in expected.history]
 
 
 @pytest.mark.parametrize("function", EXTRACTIONS)

@@ -5,7 +5,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
-from torch.utils.data import DataLoader, Dataset, IterableDataset, SubsetRandomSampler, TensorDataset
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    RandomSampler,
+    SubsetRandomSampler,
+    TensorDataset,
+)
 
 from ffw_fast.data.samples import Samples
 from ffw_fast.inputs import as_samples, check_layers, check_model, prepare
@@ -110,6 +118,78 @@ def test_shuffled_loader_gives_all_samples_in_the_same_order_each_time():
     assert_equal(given, tuple(part[order] for part in data))
 
 
+def loader_of_an_own_generator(data, source):
+    return DataLoader(data, batch_size=8, shuffle=True, generator=source)
+
+
+def loader_of_a_sampler(data, source):
+    return DataLoader(data, batch_size=8, sampler=SubsetRandomSampler(range(50), generator=source))
+
+
+def loader_of_a_sampler_of_batches(data, source):
+    return DataLoader(data, batch_sampler=BatchSampler(RandomSampler(data, generator=source), 8, drop_last=False))
+
+
+def loader_of_single_samples(data, source):
+    shuffled = BatchSampler(RandomSampler(data, generator=source), 8, drop_last=False)
+    return DataLoader(data, batch_size=None, sampler=shuffled)
+
+
+def loader_that_keeps_its_workers(data, source):
+    return DataLoader(data, batch_size=8, shuffle=True, num_workers=2, persistent_workers=True)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        loader_of_an_own_generator,
+        loader_of_a_sampler,
+        loader_of_a_sampler_of_batches,
+        loader_of_single_samples,
+        loader_that_keeps_its_workers,
+    ],
+)
+def test_a_loader_with_a_state_of_its_own_gives_the_same_order_each_time_and_keeps_its_state(make):
+    source = torch.Generator().manual_seed(5)
+    loader = make(TensorDataset(*samples(50)), source)
+    before = source.get_state()
+    given = read(loader)
+    assert torch.equal(source.get_state(), before)
+    next(iter(loader))
+    assert torch.equal(read(loader).x, given.x)
+    assert sorted(given.x[:, 0].tolist()) == sorted(samples(50)[0][:, 0].tolist())
+
+
+def test_a_broken_sample_that_the_sampler_leaves_out_is_not_read():
+    class Broken(Items):
+        def __getitem__(self, index):
+            if index == 0:
+                raise OSError("damaged")
+            return super().__getitem__(index)
+
+    given = read(DataLoader(Broken(samples(20)), batch_size=8, sampler=range(1, 20)))
+    assert_equal(given, tuple(part[1:] for part in samples(20)))
+
+
+def test_samples_may_have_names():
+    class Named(Items):
+        def __getitem__(self, name):
+            return super().__getitem__(int(name[1:]))
+
+    data = samples(20)
+    assert_equal(read(DataLoader(Named(data), batch_size=8, sampler=[f"n{index}" for index in range(20)])), data)
+
+
+def test_a_sampler_that_goes_on_and_on_is_read_for_the_length_of_its_loader():
+    class Repeated(BatchSampler):
+        def __iter__(self):
+            while True:
+                yield from super().__iter__()
+
+    data = samples(20)
+    assert_equal(read(DataLoader(Items(data), batch_sampler=Repeated(range(20), 8, drop_last=False))), data)
+
+
 def test_a_sampler_chooses_what_is_read():
     data = samples(20)
     data[0][:, 0] = torch.arange(20)
@@ -199,6 +279,12 @@ INF[3, 0] = -float("inf")
         (Items((X, Y, B), lambda index, x, y, b: (x, y, y + 0.5)), TypeError, "train: b must hold integers"),
         (DataLoader(Items((X, Y, B)), batch_size=None), ValueError, "train yields single samples .* batch_size"),
         (DataLoader(Items((X, Y, B)), batch_size=3, drop_last=True), ValueError, "train drops its last samples"),
+        (DataLoader(Stream((X, Y, B)), batch_size=3, drop_last=True), ValueError, "train drops its last samples"),
+        (
+            DataLoader(Items((X, Y, B)), batch_sampler=BatchSampler(range(8), 3, drop_last=True)),
+            ValueError,
+            "train drops its last samples in an incomplete batch; give its DataLoader or BatchSampler drop_last=False",
+        ),
         (
             DataLoader(Items((X, Y, B), lambda index, x, y, b: (x[: 3 + index // 4], y, b)), batch_size=4),
             ValueError,
@@ -217,7 +303,8 @@ def test_data_that_is_refused(data, error, message):
 
 
 def test_a_loader_that_drops_nothing_may_drop_the_last():
-    assert_equal(read(DataLoader(Items((X, Y, B)), batch_size=4, drop_last=True)), (X, Y, B))
+    for data in (Items((X, Y, B)), Stream((X, Y, B))):
+        assert_equal(read(DataLoader(data, batch_size=4, drop_last=True)), (X, Y, B))
 
 
 # train and val, data and model ---------------------------------------------------------------------------------------

@@ -116,3 +116,18 @@ def test_what_suits_standard_error(monkeypatch):
     assert type(make_progress(False)) is Progress
     monkeypatch.setattr("sys.stderr", type("Terminal", (io.StringIO,), {"isatty": lambda self: True})())
     assert isinstance(make_progress(True), LiveDisplay)
+
+
+def test_a_standard_error_that_is_missing_shows_nothing(monkeypatch, capsys):
+    monkeypatch.setattr("sys.stderr", None)
+    with make_progress(True) as progress:
+        progress.stage("data")
+    assert capsys.readouterr().out == ""
+
+
+def test_a_standard_error_that_can_only_be_written_gets_plain_lines(monkeypatch):
+    written = []
+    monkeypatch.setattr("sys.stderr", type("Log", (), {"write": staticmethod(written.append)})())
+    with make_progress(True) as progress:
+        progress.stage("data")
+    assert written == ["data", "\n"]

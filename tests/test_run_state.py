@@ -16,7 +16,8 @@ from ffw_fast import heads, run_state, schedule
 from ffw_fast.extract import extract
 from ffw_fast.files import digest, write_tensors
 from ffw_fast.progress import Progress
-from ffw_fast.run_state import CHECKPOINT, PREVIOUS, Resumable, RunState, Snapshot
+from ffw_fast.run_lock import LOCK
+from ffw_fast.run_state import ARRIVING, CHECKPOINT, PREVIOUS, Resumable, RunState, Snapshot
 from ffw_fast.version import __version__
 from tests.tiny import arguments, network, samples
 
@@ -392,6 +393,31 @@ def test_the_checkpoint_of_an_older_run_is_not_kept_as_the_previous_one(tmp_path
     RunState(tmp_path, IDENTITY, resume=False).save(Notes(1))
     assert [path.name for path in tmp_path.iterdir()] == [CHECKPOINT]
     assert restore(tmp_path).record["epochs"] == 1
+
+
+@pytest.mark.parametrize("error", [OSError("busy"), KeyboardInterrupt()], ids=["OSError", "Ctrl-C"])
+def test_what_is_cut_off_between_the_two_renames_is_written_by_the_next_write(
+    tmp_path, monkeypatch, every_state_written, error
+):
+    rename, arrivals = Path.replace, []
+
+    def fail_at_the_second(path, target):
+        arrivals.extend([path] if path.name.endswith(ARRIVING) else [])
+        if arrivals[1:] == [path]:
+            arrivals.append(None)
+            raise error
+        return rename(path, target)
+
+    def two_epochs():
+        with RunState(tmp_path, IDENTITY, resume=False) as state:
+            state.save(Notes(3))
+            state.save(Notes(4))
+
+    monkeypatch.setattr(Path, "replace", fail_at_the_second)
+    with pytest.warns(UserWarning, match="busy") if isinstance(error, OSError) else pytest.raises(KeyboardInterrupt):
+        two_epochs()
+    assert {path.name for path in tmp_path.iterdir()} == {CHECKPOINT, PREVIOUS, LOCK}
+    assert restore(tmp_path).record["epochs"] == 4
 
 
 # when it is written --------------------------------------------------------------------------------------------------

@@ -1,11 +1,14 @@
 """Random numbers by seed and purpose, beside the global generators."""
 
 import random
+import threading
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ffw_fast.heads import initial_parameters
 from ffw_fast.seeding import epoch_order, seeded_generator
 
 SEEDS = st.integers(0, 2**63 - 1)
@@ -40,3 +43,28 @@ def test_the_global_generators_are_left_alone():
     epoch_order(100, 3, "gate epoch", 5)
     assert torch.equal(torch.get_rng_state(), states[0])
     assert random.getstate() == states[1]
+
+
+@pytest.mark.usefixtures("restore_threads")
+def test_orders_drawn_by_several_threads_at_once_leave_the_number_of_threads_as_it_is():
+    torch.set_num_threads(4)
+    found = []
+
+    def draw() -> None:
+        for epoch in range(300):
+            epoch_order(2000, 0, "gate epoch", epoch)
+        found.append(torch.get_num_threads())
+
+    workers = [threading.Thread(target=draw) for _ in range(4)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert [*found, torch.get_num_threads()] == [4] * 5
+
+
+def test_what_is_drawn_does_not_depend_on_the_default_device():
+    expected = epoch_order(100, 3, "gate epoch", 5), *initial_parameters(2, 3, 4, seed=1)
+    with torch.device("meta"):
+        found = epoch_order(100, 3, "gate epoch", 5), *initial_parameters(2, 3, 4, seed=1)
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(found, expected, strict=True))

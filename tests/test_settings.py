@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -72,6 +73,24 @@ def test_hard_gates_do_not_go_with_annealing_by_their_movement():
         Settings(**NEEDED, gate="hard", schedule="adaptive")
     for gate in ("ffw", "bernoulli", "concrete"):
         Settings(**NEEDED, gate=gate, schedule="adaptive")
+
+
+def test_numbers_of_numpy_are_numbers():
+    bise = {"method": "bise", "gate": "hard", "granularity": "channel", "schedule": "halving"}
+    ours = {"gamma": 0.5, "batch_size": 7, "seed": 3, "cache_augmented": True, "correlations": [0.25], "aligned": [1]}
+    theirs = {
+        "gamma": np.float32(0.5),
+        "batch_size": np.int64(7),
+        "seed": np.uint8(3),
+        "cache_augmented": np.bool_(True),
+        "correlations": [np.float32(0.25)],
+        "aligned": (np.int32(1),),
+    }
+    settings = Settings(**NEEDED, **bise, **theirs)
+    assert settings == Settings(**NEEDED, **bise, **ours)
+    assert Settings(**json.loads(json.dumps(settings.as_dict()))) == settings
+    with pytest.raises(ValueError, match=r"batch_size must be a whole number of at least 1, got 0$"):
+        Settings(**NEEDED, batch_size=np.int64(0))
 
 
 @pytest.mark.parametrize("function", [extract, reference.extract])

@@ -119,14 +119,31 @@ def test_draws_depend_on_the_order_alone_and_not_on_workers_or_minibatches():
     assert not torch.isclose(other, first[order]).any()
 
 
+def test_streams_are_read_alike_whatever_the_default_device_is():
+    """Labels come as numbers, of which PyTorch makes tensors on that device."""
+
+    class Numbered(Items):
+        def __getitem__(self, index):
+            x, y, b = super().__getitem__(index)
+            return x, int(y), int(b)
+
+    data = Numbered(samples(30), DRAWS["numpy"])
+    expected = as_samples(data, "train", CLASSES)
+    with torch.device("meta"):
+        given = as_samples(data, "train", CLASSES)
+        x = given.x[:]
+    assert torch.equal(x, expected.x[:])
+    assert torch.equal(given.y, expected.y)
+
+
 def test_a_sampler_chooses_what_is_streamed(no_room):
     data = samples(20)
     data[0][:, 0] = torch.arange(20)
-    loader = DataLoader(Items(data), batch_size=4, sampler=SubsetRandomSampler([3, 5, 8]))
+    loader = DataLoader(Items(data), batch_size=4, sampler=SubsetRandomSampler([3, 5, 8, 9, 11]))
     given = as_samples(loader, "train", CLASSES)
     assert isinstance(given.x, Stream)
     rows = given.x[:][:, 0].long()
-    assert sorted(rows.tolist()) == [3, 5, 8]
+    assert sorted(rows.tolist()) == [3, 5, 8, 9, 11]
     assert torch.equal(given.y, data[1][rows])
 
 

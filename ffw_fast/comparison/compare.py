@@ -20,15 +20,17 @@ from ffw_fast.comparison.baselines import MAGNITUDE_SPARSITIES, prune_by_magnitu
 from ffw_fast.comparison.record import RESULTS, Comparison, Rows, read_comparison
 from ffw_fast.data.samples import Inputs, Splits
 from ffw_fast.extract import extract
-from ffw_fast.extraction import Extraction, sparsity
+from ffw_fast.extraction import CONFIG, Extraction, sparsity
 from ffw_fast.leakage import leakage
 from ffw_fast.progress import Progress
 from ffw_fast.run_lock import locked
 from ffw_fast.run_state import OtherRunError, check_same_run
 from ffw_fast.runs.biased_network import trained_vanilla
+from ffw_fast.runs.reading import REPORT
 from ffw_fast.runs.request import Request, how_made
 from ffw_fast.runs.run import extraction_task
-from ffw_fast.runs.writing import check_folder
+from ffw_fast.runs.writing import RESULTS as OF_A_RUN
+from ffw_fast.runs.writing import check_folder, check_free
 from ffw_fast.settings import Settings
 
 BASELINE_STEPS = 3600  # of the baselines that train on the unbiased set; the best epoch by validation is kept
@@ -59,7 +61,8 @@ def compare(request: Request, seeds: list[int], settings: list[Setting], progres
 
     Raises:
         OtherRunError: ``compare.json`` is of other data or settings; the differences are listed.
-        OSError: the folder cannot be written, or another comparison or run uses it (BlockingIOError).
+        OSError: the folder cannot be written, another comparison or run uses it (BlockingIOError), or files are in it
+            or in the folder of a seed that a comparison would write over or remove (FileExistsError).
     """
     check_folder(request.out)
     with locked(request.out):
@@ -69,9 +72,11 @@ def compare(request: Request, seeds: list[int], settings: list[Setting], progres
 def _compare(request: Request, seeds: list[int], settings: list[Setting], progress: Progress) -> Rows:
     path, identity = request.out / RESULTS, _identity(request)
     rows = _kept_rows(path, identity)
+    for seed in seeds:
+        check_free(_folder_of(request, seed), (CONFIG, *OF_A_RUN))
     comparison = Comparison(identity, rows, how_made(request))
     for seed in seeds:
-        ours = replace(request, seed=seed, out=request.out / f"seed-{seed}")
+        ours = replace(request, seed=seed, out=_folder_of(request, seed))
         ours.out.mkdir(parents=True, exist_ok=True)
         splits = request.workload.load(request.data_dir, seed, **request.data_options)
         vanilla = cache(partial(trained_vanilla, ours, splits, progress))  # not where all rows are there
@@ -100,9 +105,14 @@ def _compare(request: Request, seeds: list[int], settings: list[Setting], progre
     return rows
 
 
+def _folder_of(request: Request, seed: int) -> Path:
+    return request.out / f"seed-{seed}"
+
+
 def _kept_rows(path: Path, identity: dict[str, Any]) -> Rows:
     """What an earlier call has computed."""
     if not path.exists():
+        check_free(path.parent, [REPORT])
         return {}
     kept = read_comparison(path)
     check_same_run(f"{path} holds another comparison; take another folder", kept.identity, identity)

@@ -50,7 +50,8 @@ def _live_positions(size: int, kernel: int, stride: int, padding: int, dilation:
     outputs = (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
     if outputs < 1:
         return None
-    distance = torch.arange(size) - (torch.arange(outputs)[:, None] * stride - padding)
+    first_read = torch.arange(outputs, device="cpu") * stride - padding
+    distance = torch.arange(size, device="cpu") - first_read[:, None]
     meets = (distance >= 0) & (distance % dilation == 0) & (distance // dilation < kernel)
     read = meets.any(0)
     if not read.any() or not meets[:, read].all():

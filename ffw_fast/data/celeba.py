@@ -11,7 +11,7 @@ from torch import Tensor
 from ffw_fast.data.image_files import load_images
 from ffw_fast.data.pixels import Pixels
 from ffw_fast.data.samples import Samples, Splits, check_count
-from ffw_fast.seeding import seeded_generator
+from ffw_fast.seeding import random_order
 
 TARGET, BIAS = "Blond_Hair", "Male"
 SIDE = 224  # pixels
@@ -98,7 +98,7 @@ def celeba(
 
 
 def _shuffled(rows: Tensor, seed: int, purpose: str) -> Tensor:
-    return rows[torch.randperm(len(rows), generator=seeded_generator(seed, purpose))]
+    return rows[random_order(len(rows), seed, purpose)]
 
 
 def _balanced(listing: _Listing, rows: Tensor, seed: int, split: str) -> Tensor:

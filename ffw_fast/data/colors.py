@@ -30,6 +30,7 @@ PALETTE = torch.tensor(
         (128, 128, 128),
     ],
     dtype=torch.uint8,
+    device="cpu",
 )
 
 
@@ -38,8 +39,8 @@ def draw_colors(labels: Tensor, rho: float, generator: torch.Generator) -> Tenso
 
     It is the label's own with probability ``rho``, else one of the nine others, uniformly.
     """
-    conflicting = torch.rand(labels.shape, generator=generator) >= rho
-    distance = torch.randint(1, NUM_COLORS, labels.shape, generator=generator)
+    conflicting = torch.rand(labels.shape, generator=generator, device="cpu") >= rho
+    distance = torch.randint(1, NUM_COLORS, labels.shape, generator=generator, device="cpu")
     return (labels + conflicting * distance) % NUM_COLORS
 
 
@@ -88,7 +89,7 @@ class Coloring:
         The digits are gone through in order, again and again until there are enough samples, and draw new
         colours each time. So a set has as many different digits as its size allows.
         """
-        which = torch.arange(size) % len(digits)
+        which = torch.arange(size, device="cpu") % len(digits)
         labels = digits.labels[which]
         colors = torch.stack([draw_colors(labels, rho, generator) for rho in rhos], dim=1)
         foreground = find_foreground(digits.images[:size], self.side)

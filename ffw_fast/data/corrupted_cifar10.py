@@ -9,7 +9,7 @@ import torch
 from ffw_fast.data.image_files import load_images
 from ffw_fast.data.pixels import Pixels
 from ffw_fast.data.samples import Samples, Splits, check_count, split_60_20_20
-from ffw_fast.seeding import seeded_generator
+from ffw_fast.seeding import random_order
 
 SIDE = 32  # pixels
 NUM_CLASSES = 10  # of images and of corruptions
@@ -86,7 +86,7 @@ def _find(folder: Path) -> list[Path]:
 
 
 def _shuffled(paths: list[Path], seed: int, purpose: str) -> list[Path]:
-    return [paths[row] for row in torch.randperm(len(paths), generator=seeded_generator(seed, purpose)).tolist()]
+    return [paths[row] for row in random_order(len(paths), seed, purpose).tolist()]
 
 
 def _load(paths: Sequence[Path], folder: Path) -> Samples:

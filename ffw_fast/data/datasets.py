@@ -1,12 +1,16 @@
 """A user's Dataset or DataLoader: read once and kept where it fits and stays the same, streamed otherwise."""
 
+import copy
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import chain, islice
+from operator import length_hint
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset
 
 from ffw_fast.data.memory import describe_bytes, memory_budget
 from ffw_fast.data.samples import Inputs, Samples
@@ -30,24 +34,27 @@ def read_dataset(data: Any, name: str) -> tuple[Inputs, Tensor, Tensor]:
 
     They are read once and kept, unless they do not fit into memory or change from one reading to the next: then a pass
     reads the labels, and the inputs are a ``Stream``. An IterableDataset cannot be read in another order, so it is kept
-    as it comes, random or not.
+    as it comes, random or not. A DataLoader gives the same order each time and is then as it was before: its
+    generators and its samplers' are put back, and workers that it keeps are left alone.
 
     Raises:
         TypeError, ValueError: what was given, what was expected and where.
     """
     loader = data if isinstance(data, DataLoader) else DataLoader(data, batch_size=READING_BATCH)
-    if loader.drop_last and len(loader.sampler) % (loader.batch_size or 1):  # type: ignore[arg-type]
-        raise ValueError(f"{name} drops its last samples in an incomplete batch; give its DataLoader drop_last=False")
-    if isinstance(loader.dataset, IterableDataset) or not len(loader.dataset):  # type: ignore[arg-type]
-        return _keep(loader, name)
-    augments = _augments(loader, name)
-    fits = _sample_bytes(loader, name) * len(loader.dataset) <= memory_budget()  # type: ignore[arg-type]
+    if isinstance(loader.dataset, IterableDataset):
+        return _keep(_read_anew(loader), name, least=loader.batch_size if loader.drop_last else 1)
+    batched, yielded = loader.batch_sampler is not None, _yielded(loader, name)
+    indices = list(chain.from_iterable(yielded)) if batched else yielded
+    if not indices:
+        raise ValueError(f"{name} is empty")
+    augments = _augments(loader, indices, name)
+    fits = _sample_bytes(loader, indices[0], name) * len(indices) <= memory_budget()
     if fits and not augments:
-        return _keep(loader, name)
-    if loader.batch_sampler is None:
+        return _keep(_read_anew(loader, **{"batch_sampler" if batched else "sampler": yielded}), name)
+    if not batched:
         why = "augments at random" if augments else "does not fit into memory"
         raise ValueError(f"{name} {why} and is streamed, which needs a DataLoader with a batch_size")
-    return _stream(loader, name, augments)
+    return _stream(loader, indices, name, augments)
 
 
 def reading_note(given: Any, samples: Samples, name: str) -> str | None:
@@ -69,29 +76,70 @@ def stream_note(samples: Samples, name: str) -> str | None:
     return f"{count} that take {size}, more than there is room for, read anew in every pass"
 
 
-def _augments(loader: DataLoader, name: str) -> bool:
+def _yielded(loader: DataLoader, name: str) -> list[Any]:
+    """All that the loader's sampler yields: batches of indices, or indices where the loader makes no batches."""
+    sampler: Any = loader.sampler if loader.batch_sampler is None else loader.batch_sampler
+    if isinstance(sampler, BatchSampler) and sampler.drop_last and length_hint(sampler.sampler) % sampler.batch_size:
+        raise _drops(name)
+    with _seeded(sampler):
+        return list(islice(sampler, length_hint(loader) or None))  # a sampler may be endless, its loader is not
+
+
+def _drops(name: str) -> ValueError:
+    return ValueError(
+        f"{name} drops its last samples in an incomplete batch; give its DataLoader or BatchSampler drop_last=False"
+    )
+
+
+@contextmanager
+def _seeded(sampler: Any) -> Iterator[None]:
+    """A sampler's own generators start from seed 0, as the global ones do, and are then as they were before."""
+    parts: tuple[Any, ...] = (sampler, getattr(sampler, "sampler", None))  # one of batches has another of samples
+    own = [part.generator for part in parts if isinstance(getattr(part, "generator", None), torch.Generator)]
+    before = [generator.get_state() for generator in own]
+    for generator in own:
+        generator.manual_seed(0)
+    try:
+        yield
+    finally:
+        for generator, state in zip(own, before, strict=True):
+            generator.set_state(state)
+
+
+def _read_anew(loader: DataLoader, **samplers: Sequence[Any]) -> DataLoader:
+    """A copy of a loader that is read in a given order, to the end, by no worker that has read before."""
+    anew = copy.copy(loader)
+    source = torch.Generator().manual_seed(0)
+    once = {"_iterator": None, "persistent_workers": False, "drop_last": False, "generator": source, **samplers}
+    vars(anew).update(once)  # a DataLoader lets no one set them
+    return anew
+
+
+def _augments(loader: DataLoader, indices: Sequence[Any], name: str) -> bool:
     """Whether some sample is another one when it is read again."""
-    count = len(loader.dataset)  # type: ignore[arg-type]
-    indices = [probe * count // PROBES for probe in range(PROBES)]
-    return not all(torch.equal(_read_one(loader, index, name), _read_one(loader, index, name)) for index in indices)
+    probes = [indices[probe * len(indices) // PROBES] for probe in range(PROBES)]
+    return not all(torch.equal(_read_one(loader, index, name), _read_one(loader, index, name)) for index in probes)
 
 
-def _read_one(loader: DataLoader, index: int, name: str) -> Tensor:
+def _read_one(loader: DataLoader, index: Any, name: str) -> Tensor:
     """The input of one sample, as a minibatch of its own where the loader makes minibatches."""
     item = loader.dataset[index]
     x, _, _ = _parse(item, name, batched=False)
     return x if loader.batch_sampler is None else _parse(loader.collate_fn([item]), name)[0]
 
 
-def _sample_bytes(loader: DataLoader, name: str) -> int:
-    x = _read_one(loader, 0, name)
+def _sample_bytes(loader: DataLoader, index: Any, name: str) -> int:
+    x = _read_one(loader, index, name)
     return x.numel() * x.element_size()
 
 
-def _keep(batches: Iterable[Any], name: str) -> tuple[Tensor, Tensor, Tensor]:
+def _keep(loader: DataLoader, name: str, least: int | None = 1) -> tuple[Tensor, Tensor, Tensor]:
+    """All that a loader yields, in batches of at least so many samples."""
     parts, size, budget = [], 0, memory_budget()
-    for item in batches:
+    for item in loader:
         x, y, b = _parsed_batch(item, name)
+        if len(y) < (least or 1):
+            raise _drops(name)
         parts.append((x, y, b))
         for label, given, first in (("x", x, parts[0][0]), ("b", b, parts[0][2])):
             _check_shape(tuple(given.shape[1:]), tuple(first.shape[1:]), label, name)
@@ -107,9 +155,8 @@ def _keep(batches: Iterable[Any], name: str) -> tuple[Tensor, Tensor, Tensor]:
     return x, y, b
 
 
-def _stream(loader: DataLoader, name: str, augments: bool) -> tuple[Stream, Tensor, Tensor]:
+def _stream(loader: DataLoader, chosen: Sequence[Any], name: str, augments: bool) -> tuple[Stream, Tensor, Tensor]:
     """One pass for labels and checks; the inputs are read again whenever they are wanted."""
-    chosen = [index for batch in loader.batch_sampler for index in batch]  # type: ignore[union-attr]
     if not all(isinstance(index, int) for index in chosen):
         raise TypeError(f"{name} is streamed, which needs samples that are numbered by integers")
     indices, fingerprint = torch.tensor(chosen), hashlib.blake2b(digest_size=16)

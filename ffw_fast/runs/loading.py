@@ -8,7 +8,7 @@ from torch import nn
 from ffw_fast import own
 from ffw_fast.extraction import CONFIG, SCORES, Extraction
 from ffw_fast.files import read_json, read_tensors
-from ffw_fast.runs.biased_network import VANILLA
+from ffw_fast.runs.writing import VANILLA
 from ffw_fast.workloads import get_workload
 
 

@@ -26,7 +26,14 @@ from ffw_fast.run_lock import locked
 from ffw_fast.run_state import CHECKPOINT
 from ffw_fast.runs.biased_network import shared_vanilla
 from ffw_fast.runs.request import Request, check_device, config_of
-from ffw_fast.runs.writing import check_folder, check_resumed, clear_results, remove_leftovers, write_results
+from ffw_fast.runs.writing import (
+    check_folder,
+    check_own,
+    check_resumed,
+    clear_results,
+    remove_leftovers,
+    write_results,
+)
 from ffw_fast.settings import Settings
 from ffw_fast.workloads import Workload
 
@@ -42,7 +49,8 @@ def run_workload(request: Request, progress: Progress) -> dict[str, Any]:
     others return no metrics.
 
     Raises:
-        OSError: the folder cannot be written, or another run uses it (BlockingIOError), before any training.
+        OSError: before any training: the folder cannot be written, another run uses it (BlockingIOError), or it holds
+            files that are not of a run (FileExistsError).
         ValueError, ImportError, FloatingPointError: bad settings or data, a missing extra, a loss that diverges.
         MemoryError: out of memory; at which batch size.
         KeyboardInterrupt: see above.
@@ -57,10 +65,11 @@ def run_workload(request: Request, progress: Progress) -> dict[str, Any]:
 
 def _take_folder(request: Request, config: dict[str, Any], stack: ExitStack) -> None:
     check_folder(request.out)
+    check_own(request.out)
     stack.enter_context(locked(request.out))
-    remove_leftovers(request.out)
     if request.resume:
         check_resumed(request.out, config)
+    remove_leftovers(request.out)
 
 
 def _run_locked(request: Request, config: dict[str, Any], progress: Progress, group: Alone) -> dict[str, Any]:

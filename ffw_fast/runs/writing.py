@@ -1,6 +1,8 @@
 """What a run writes into its folder: all of it or nothing, and never over what another run left before it has more."""
 
 import shutil
+from collections.abc import Iterable
+from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -8,12 +10,15 @@ from typing import Any
 from ffw_fast.attribution import explain
 from ffw_fast.data.samples import Samples
 from ffw_fast.extraction import BEST_SCORES, CONFIG, HISTORY, METRICS, MODEL, SCORES, Extraction
-from ffw_fast.files import read_json, sync_folder, write_json, write_tensors
-from ffw_fast.run_state import CHECKPOINT, PREVIOUS, check_same_run
+from ffw_fast.files import TEMPORARY, read_json, sync_folder, write_json, write_tensors
+from ffw_fast.run_state import ARRIVING, CHECKPOINT, PREVIOUS, Checkpoints, check_same_run
 from ffw_fast.runs.reading import EXAMPLES, REPORT
 
 # Of one extraction from one network.
 RESULTS = (CHECKPOINT, PREVIOUS, SCORES, BEST_SCORES, MODEL, METRICS, HISTORY, EXAMPLES, REPORT)
+VANILLA = "vanilla.safetensors"
+VANILLA_RECORD = "vanilla.json"
+VANILLA_CHECKPOINTS = Checkpoints.named("vanilla.checkpoint")  # while it is trained
 STAGING = ".writing-"
 MAY_DIFFER = (  # between resumed runs
     "title", "settings", "correlations", "max_epochs", "samples", "input_shape", "device", "versions", "machine",
@@ -33,6 +38,24 @@ def check_folder(out: Path) -> None:
         raise type(error)(f"the run folder {out} cannot be written: {error.strerror or error}") from error
 
 
+def check_own(out: Path) -> None:
+    """Leave a folder alone that is not of a run.
+
+    Raises:
+        FileExistsError: it holds a file that a run would write or remove, and no record of a run; which file.
+        DamagedFileError: its record cannot be read.
+    """
+    if not ((out / CONFIG).exists() and {"workload", "settings"} & read_json(out / CONFIG).keys()):
+        check_free(out, (CONFIG, *RESULTS))
+
+
+def check_free(folder: Path, names: Iterable[str]) -> None:
+    """``FileExistsError`` with the first of these files that the folder holds."""
+    for name in names:
+        if (folder / name).exists():
+            raise FileExistsError(f"{folder / name} was not written by this command, and is kept: take another folder")
+
+
 def check_resumed(out: Path, config: dict[str, Any]) -> None:
     """``OtherRunError`` where the folder holds another run than the one that is to be continued."""
     if not (out / CONFIG).exists():
@@ -44,9 +67,9 @@ def remove_leftovers(out: Path) -> None:
     """Remove what a run that was killed left half written."""
     for path in out.glob(f"{STAGING}*"):
         shutil.rmtree(path, ignore_errors=True)
-    for pattern in ("*.tmp", "*.new"):
-        for path in out.glob(pattern):
-            path.unlink(missing_ok=True)
+    names = (CONFIG, *RESULTS, VANILLA, VANILLA_RECORD, *VANILLA_CHECKPOINTS)
+    for name, ending in product(names, (TEMPORARY, ARRIVING, f"{ARRIVING}{TEMPORARY}")):
+        (out / f"{name}{ending}").unlink(missing_ok=True)
 
 
 def clear_results(out: Path) -> None:

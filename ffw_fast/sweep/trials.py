@@ -17,12 +17,12 @@ from typing import Any
 from ffw_fast.extraction import METRICS
 from ffw_fast.files import read_json
 from ffw_fast.progress import Progress
-from ffw_fast.runs.biased_network import VANILLA, VANILLA_RECORD
-from ffw_fast.runs.reading import NETWORKS
+from ffw_fast.runs.reading import NETWORKS, REPORT
 from ffw_fast.runs.request import Request, vanilla_identity
 from ffw_fast.runs.run import is_finished
+from ffw_fast.runs.writing import VANILLA, VANILLA_RECORD, check_free
 from ffw_fast.sweep.engines import Engine, Job
-from ffw_fast.sweep.table import FINISHED, NOT_RUN, TABLE, Row, short, write_sweep
+from ffw_fast.sweep.table import FINISHED, NOT_RUN, TABLE, Row, read_sweep, short, write_sweep
 
 VANILLA_FOLDER = "vanilla"
 
@@ -70,12 +70,14 @@ def sweep(out: Path, trials: Sequence[Trial], engine: Engine, progress: Progress
     A trial that fails has its reason in the row; the others go on.
 
     Raises:
-        ValueError: settings that share a folder, or a folder that holds another run than the sweep's.
+        ValueError: settings that share a folder, or a folder that holds another run than the sweep's or other files.
+        FileExistsError: a report of something else is there.
         KeyboardInterrupt: what is finished stays, and the rest goes on from its checkpoints in the next call.
     """
     folders = [trial.request.out for trial in trials]
     if clash := [folder for folder in folders if folders.count(folder) > 1]:
         raise ValueError(f"two settings of the sweep share the folder {clash[0]}")
+    _check_own(out)
     status = {trial.request.out: FINISHED if is_finished(trial.request) else "" for trial in trials}
     open_trials = [trial for trial in trials if not status[trial.request.out]]
     with progress:
@@ -89,6 +91,14 @@ def sweep(out: Path, trials: Sequence[Trial], engine: Engine, progress: Progress
                 write_sweep(out / TABLE, rows_of(trials, status))
                 progress.tick(done, f"{job.folder.name}: {failure or 'finished'}")
     return rows_of(trials, status)
+
+
+def _check_own(out: Path) -> None:
+    """Leave a folder alone whose table or report is not of a sweep."""
+    if (out / TABLE).exists():
+        read_sweep(out / TABLE)
+    else:
+        check_free(out, [REPORT])
 
 
 def _share_vanilla(out: Path, trials: Sequence[Trial], engine: Engine, progress: Progress) -> dict[Path, str]:

@@ -220,6 +220,19 @@ def test_results_that_are_damaged_are_not_overwritten(tmp_path, capsys, content)
     assert (tmp_path / "compare.json").read_text() == content
 
 
+@pytest.mark.parametrize("name", ["report.html", "seed-1/config.json", "seed-2/model.safetensors"])
+def test_files_of_something_else_are_not_overwritten(tmp_path, capsys, name):
+    mine = tmp_path / name
+    mine.parent.mkdir(exist_ok=True)
+    mine.write_text("mine")
+    assert main(["compare", "multi-color-mnist", "--out", str(tmp_path), "--seeds", "1", "2"]) == 2
+    assert f"{mine} was not written by this command" in capsys.readouterr().err
+    assert mine.read_text() == "mine"
+    assert len([path for path in tmp_path.rglob("*") if path.is_file() and path.name != ".lock"]) == 1, (
+        "before any work"
+    )
+
+
 def test_every_combination_of_settings_is_a_row():
     settings = all_settings(["ffw"], ["published", "adaptive"], [1.0, 10.0], ["weight", "channel"])
     assert len({str(setting) for setting in settings}) == len(settings) == 8

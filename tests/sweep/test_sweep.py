@@ -119,6 +119,15 @@ def test_bad_settings_end_the_sweep_before_any_work(tmp_path, in_this_process, c
     assert in_this_process == []
 
 
+@pytest.mark.parametrize("name", ["sweep.csv", "report.html"])
+def test_files_of_something_else_end_the_sweep_before_any_work(tmp_path, in_this_process, capsys, name):
+    (tmp_path / name).write_text("mine")
+    assert main(["sweep", "multi-color-mnist", "--out", str(tmp_path), "--gamma", "1,3"]) == 2
+    assert str(tmp_path / name) in capsys.readouterr().err
+    assert (tmp_path / name).read_text() == "mine"
+    assert in_this_process == []
+
+
 def test_an_unknown_option_is_named(capsys):
     with pytest.raises(SystemExit, match="2"):
         main(["sweep", "multi-color-mnist", "--gama", "1,3"])
