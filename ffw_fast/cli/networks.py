@@ -8,10 +8,9 @@ from ffw_fast.export import FORMATS, export
 from ffw_fast.files import write_json, write_tensors
 from ffw_fast.own import NAME as OWN
 from ffw_fast.runs.loading import load_run
+from ffw_fast.runs.reading import COMPACT
 from ffw_fast.sizes import SIZES, compare_sizes, sizes_table
 from ffw_fast.tables import print_table
-
-COMPACT = "compact.safetensors"
 
 
 def add_to(commands: Commands) -> None:

@@ -14,6 +14,9 @@ from ffw_fast.sizes import SIZES
 
 EXAMPLES = "examples.safetensors"
 REPORT = "report.html"
+COMPACT = "compact.safetensors"
+PROGRAMS = ("model.onnx", "model.pt2")
+OF_THE_NETWORK = (REPORT, COMPACT, SIZES, *PROGRAMS)  # what commands made of a run's results
 NETWORKS = ("vanilla", "pruned", "best")
 
 

@@ -12,10 +12,10 @@ from ffw_fast.data.samples import Samples
 from ffw_fast.extraction import BEST_SCORES, CONFIG, HISTORY, METRICS, MODEL, SCORES, Extraction
 from ffw_fast.files import TEMPORARY, read_json, sync_folder, write_json, write_tensors
 from ffw_fast.run_state import ARRIVING, CHECKPOINT, PREVIOUS, Checkpoints, check_same_run
-from ffw_fast.runs.reading import EXAMPLES, REPORT
+from ffw_fast.runs.reading import EXAMPLES, OF_THE_NETWORK
 
 # Of one extraction from one network.
-RESULTS = (CHECKPOINT, PREVIOUS, SCORES, BEST_SCORES, MODEL, METRICS, HISTORY, EXAMPLES, REPORT)
+RESULTS = (CHECKPOINT, PREVIOUS, SCORES, BEST_SCORES, MODEL, METRICS, HISTORY, EXAMPLES, *OF_THE_NETWORK)
 VANILLA = "vanilla.safetensors"
 VANILLA_RECORD = "vanilla.json"
 VANILLA_CHECKPOINTS = Checkpoints.named("vanilla.checkpoint")  # while it is trained
@@ -86,7 +86,8 @@ def write_results(out: Path, found: Extraction, config: dict[str, Any], metrics:
             write_tensors(Path(staging) / EXAMPLES, examples)
         write_json(Path(staging) / CONFIG, config)
         write_json(Path(staging) / METRICS, metrics)
-        (out / REPORT).unlink(missing_ok=True)  # it is of what stood here before
+        for name in OF_THE_NETWORK:  # as it was before
+            (out / name).unlink(missing_ok=True)
         for path in sorted(Path(staging).iterdir(), key=lambda path: path.name == METRICS):  # it comes last
             path.replace(out / path.name)
         sync_folder(out)

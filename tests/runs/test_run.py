@@ -109,6 +109,14 @@ def test_the_same_request_gives_the_same_results_from_the_kept_network(finished)
     assert all(after[name] == before[name] for name in same)
 
 
+def test_what_was_made_of_other_results_does_not_stay_beside_new_ones(finished):
+    made = ("report.html", "compact.safetensors", "sizes.json", "model.onnx", "model.pt2")
+    for name in made:
+        (finished / name).write_text("of what stood here before")
+    run_workload(request_for(finished), Stages())
+    assert not set(made) & {path.name for path in finished.iterdir()}
+
+
 @pytest.mark.parametrize(
     "changes",
     [
