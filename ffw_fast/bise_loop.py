@@ -49,6 +49,10 @@ class BiseLoop(Loop):
         self.seconds += elapsed
         self.history.append({**row, "seconds": elapsed})
 
+    def _scores(self) -> Tensor:
+        """A copy of all scores as they are."""
+        return self.network.over_all(self.gates.scores).clone()
+
     def _judged(self) -> Measurement:
         """The pruned network by the heads as they are."""
         with self.gates.pruned():
@@ -58,7 +62,7 @@ class BiseLoop(Loop):
         """Keep the scores of the pruned network with the highest task accuracy, the earliest of equals."""
         judged = self._judged()
         if self.best is None or judged.task_accuracy > self.best.task_accuracy:
-            self.best, self.best_scores = judged, self.gates.scores.clone()
+            self.best, self.best_scores = judged, self._scores()
         return {
             "val_mi": sum(judged.bias_mi) / len(judged.bias_mi),
             "val_task_accuracy": judged.task_accuracy,
@@ -69,10 +73,10 @@ class BiseLoop(Loop):
         started = time.perf_counter()
         last = self._judged()
         if not self.selects:
-            self.best, self.best_scores = last, self.gates.scores.clone()
+            self.best, self.best_scores = last, self._scores()
         assert self.best is not None
-        for name, judged, scores in (("pruned", last, self.gates.scores), ("best", self.best, self.best_scores)):
-            removed = weight_sparsity(self.dense_model, self.settings, masks_of(self.gates.views(scores)))
+        for name, judged, scores in (("pruned", last, self._scores()), ("best", self.best, self.best_scores)):
+            removed = weight_sparsity(self.dense_model, self.settings, masks_of(self._layers(scores)))
             self.metrics[name] = {**judged.as_dict(), "weight_sparsity": removed}
         self.metrics["selection"] = bise.selection(self.selects)
         self.metrics["measured_on"] = "val" if self.selects else "train"

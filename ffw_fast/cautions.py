@@ -73,17 +73,16 @@ def _same(once: Tensor, again: Tensor, tolerance: float) -> bool:
 
 def of_gates(gates: FlatGates, second_moments: Tensor) -> Iterator[str]:
     """Of gates that never got a gradient: Adam's second moments, flat as the scores, are exactly 0 there."""
-    zeros = torch.stack([(part == 0).sum(dtype=torch.float64) for part in gates.parts(second_moments).values()])
-    counts = {name: shape.numel() for name, shape in gates.shapes.items()}
-    pairs = zip(counts.items(), gates.total_(zeros).tolist(), strict=True)
-    silent = {name: found / count for (name, count), found in pairs}
+    heard = torch.stack([(part != 0).sum(dtype=torch.float64) for part in gates.parts(second_moments).values()])
+    pairs = zip(gates.counts.items(), gates.total_(heard).tolist(), strict=True)
+    silent = {name: 1 - found / count for (name, count), found in pairs}
     for name, share in silent.items():
         if share == 1:
             yield (
                 f"no gate of layer {name!r} ever got a gradient, so nothing of it is pruned: its weights are 0, its "
                 "units are dead, or nothing that is trained depends on it"
             )
-    share = sum(silent[name] * counts[name] for name in silent) / gates.count
+    share = sum(silent[name] * gates.counts[name] for name in silent) / gates.count
     if MOST_WITHOUT_GRADIENT < share < 1:
         yield (
             f"{share:.0%} of the gates never got a gradient, so they stay open: their weights are 0, or their inputs "

@@ -9,7 +9,6 @@ from torch import nn
 
 from ffw_fast.backend import backend_info
 from ffw_fast.bise_loop import BiseLoop
-from ffw_fast.copies import state_tensors
 from ffw_fast.data.datasets import reading_note
 from ffw_fast.distributed import processes
 from ffw_fast.extraction import Extraction
@@ -151,7 +150,7 @@ def extract(
                 shown.note(reading_note(given, samples, name))
         identity = {
             **settings.as_dict(),
-            "weights": digest(*state_tensors(loop.network.module).values()),
+            "weights": loop.network.identity(),
             "data": digest(*loop.train.identity(), *loop.val.identity()),
         }
         group.check_same({**identity, **computing(target), "max_epochs": settings.max_epochs, "shard": shard})

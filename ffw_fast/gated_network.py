@@ -14,10 +14,12 @@ from torch import Tensor, nn
 
 from ffw_fast import ops, philox
 from ffw_fast.channels import ChannelGraph, replace_module
-from ffw_fast.convolutions import use_cheapest_convolutions
-from ffw_fast.copies import copy_of
+from ffw_fast.convolutions import lay_out_by_taps, use_cheapest_convolutions
+from ffw_fast.convolutions.tap_major import by_taps, put_taps
+from ffw_fast.copies import copy_of, state_tensors
 from ffw_fast.data.samples import Inputs, batches_of
 from ffw_fast.distributed import Alone, GradientSum
+from ffw_fast.files import digest
 from ffw_fast.gates import GateKind, gate_movement, half_open_sum
 from ffw_fast.modules import flat_offsets, maskable_layers
 from ffw_fast.simplify import simplified, split_before
@@ -26,8 +28,34 @@ EVALUATION_BATCH = 500  # samples a forward pass without gradients
 BLOCK = 2**18  # gates that a pass over the flat buffers takes at a time, where it needs memory for as many
 
 
-class FlatGates:
-    """Flat buffers of all gated layers, each layer starting at a multiple of 16 elements; the padding stays 0.
+class FlatLayout:
+    """Where the layers' gates lie in a flat buffer of all, each layer starting at a multiple of 16 elements.
+
+    Attributes:
+        shapes: layer name -> shape of its weight.
+        length: of the buffer.
+    """
+
+    def __init__(self, shapes: dict[str, torch.Size]) -> None:
+        self.shapes = shapes
+        offsets = flat_offsets(shape.numel() for shape in shapes.values())
+        self.length = offsets[-1]
+        self._slices = {
+            name: slice(start, start + shape.numel())
+            for (name, shape), start in zip(shapes.items(), offsets, strict=False)
+        }
+
+    def view(self, buffer: Tensor, name: str) -> Tensor:
+        """The layer's part of a flat buffer, in the shape of its weight."""
+        return buffer[self._slices[name]].view(self.shapes[name])
+
+    def views(self, buffer: Tensor) -> dict[str, Tensor]:
+        """Every layer's part of a flat buffer."""
+        return {name: self.view(buffer, name) for name in self.shapes}
+
+
+class FlatGates(FlatLayout):
+    """Flat buffers of all gated layers, whose padding stays 0.
 
     Where processes share the gates out, each keeps the scores of its own alone, and what is computed from them goes
     round; those methods are called on all processes.
@@ -39,20 +67,24 @@ class FlatGates:
         temperature: float32 scalar that the gated weights were computed at.
         draw: what the random gates were drawn with, ``ffw_fast.philox``.
         movement: float64 scalar, the sum of ``|dg / d ln T|`` over the gates in use; kept where T is annealed.
-        shapes: layer name -> shape of its weight.
+        counts: layer name -> how many gates it has, the idle ones included, which are open, stay so and lie in no
+            buffer.
     """
 
-    def __init__(self, weights: dict[str, Tensor], kind: GateKind, seed: int, group: Alone | None = None) -> None:
+    def __init__(
+        self,
+        weights: dict[str, Tensor],
+        kind: GateKind,
+        seed: int,
+        group: Alone | None = None,
+        idle: dict[str, int] | None = None,
+    ) -> None:
+        super().__init__({name: weight.shape for name, weight in weights.items()})
         self.kind = kind
         self._group = group or Alone()
-        self.shapes = {name: weight.shape for name, weight in weights.items()}
-        offsets = flat_offsets(shape.numel() for shape in self.shapes.values())
-        self._slices = {
-            name: slice(start, start + shape.numel())
-            for (name, shape), start in zip(self.shapes.items(), offsets, strict=False)
-        }
+        self.counts = {name: weight.numel() + (idle or {}).get(name, 0) for name, weight in weights.items()}
         example = next(iter(weights.values()))
-        self.weight = example.new_zeros(offsets[-1])
+        self.weight = example.new_zeros(self.length)
         for name, weight in weights.items():
             self.view(self.weight, name).copy_(weight)
         self.gated = nn.Parameter(self.weight.clone())
@@ -66,9 +98,10 @@ class FlatGates:
             self.gated.data[part] = self._gated(part, torch.zeros_like(weight))
         self.own = self._group.own(len(self.weight))
         self.scores = torch.zeros_like(self.weight[self.own])
+        starts = [part.start for part in self._slices.values()]
         ends = [
             torch.arange(part.stop, end, device="cpu")
-            for part, end in zip(self._slices.values(), offsets[1:], strict=True)
+            for part, end in zip(self._slices.values(), [*starts[1:], self.length], strict=True)
         ]
         padding = torch.cat(ends)
         own = (padding >= self.own.start) & (padding < self.own.stop)
@@ -77,7 +110,7 @@ class FlatGates:
     @property
     def count(self) -> int:
         """How many gates there are, the padding not counted."""
-        return sum(shape.numel() for shape in self.shapes.values())
+        return sum(self.counts.values())
 
     def sparsity(self, shift: float = 0.0) -> float:
         """Share of the weights that pruning at ``m + shift >= 0`` removes."""
@@ -101,14 +134,6 @@ class FlatGates:
     def total_(self, part: Tensor) -> Tensor:
         """What all processes have counted of their own gates, in place."""
         return self._group.total_(part)
-
-    def view(self, buffer: Tensor, name: str) -> Tensor:
-        """The layer's part of a flat buffer, in the shape of its weight."""
-        return buffer[self._slices[name]].view(self.shapes[name])
-
-    def views(self, buffer: Tensor) -> dict[str, Tensor]:
-        """Every layer's part of a flat buffer."""
-        return {name: self.view(buffer, name) for name in self.shapes}
 
     def parts(self, buffer: Tensor) -> dict[str, Tensor]:
         """Every layer's part (k,) of a buffer over this process's own gates; there may be none of a layer."""
@@ -254,7 +279,12 @@ class GatedNetwork:
         group: the processes that train it together.
 
     Attributes:
-        gradient_sum: what sums up their gradients in every step; None for one process.
+        module: the network; its gated weights are views of ``gates.gated``.
+        gates: those that are trained. In one process on the CPU, unless gates are random, some convolutions' lie tap by
+            tap, without the taps that meet nothing but padding, whose scores stay 0
+            (``ffw_fast.convolutions.tap_major``).
+        layout: of flat buffers over all gates, as a checkpoint holds them.
+        gradient_sum: what sums up the processes' gradients in every step; None for one process.
     """
 
     def __init__(
@@ -276,10 +306,17 @@ class GatedNetwork:
             frozen, sites = channels.explicit()
         self.module = simplified(frozen, bottleneck, lambda network: outputs_of(network, bottleneck, example))
         layers = maskable_layers(self.module)
+        counts = {name: layer.weight.numel() for name, layer in layers.items()}
+        self.layout = FlatLayout({name: layer.weight.shape for name, layer in layers.items()})
+        self._taps: dict[str, Tensor] = {}
+        if channels is None and example.device.type == "cpu" and not kind.is_random and (group or Alone()).count == 1:
+            self._taps = lay_out_by_taps(self.module, example)
         weights = {name: layer.weight.detach() for name, layer in layers.items()}
+        idle = {name: counts[name] - weight.numel() for name, weight in weights.items()}
         if channels is not None:
             weights = {name: weights[name].new_ones(place.channels) for name, place in channels.places.items()}
-        self.gates = FlatGates(weights, kind, seed, group)
+            self.layout = FlatLayout({name: weight.shape for name, weight in weights.items()})
+        self.gates = FlatGates(weights, kind, seed, group, idle)
         gradients = self.gates.views(self.gates.grad)
         leaves = []
         for name, gated in self.gates.views(self.gates.gated.detach()).items():
@@ -297,6 +334,36 @@ class GatedNetwork:
         self._bottleneck = bottleneck
         self._at_bottleneck = _AtBottleneck()
         bottleneck_module(self.module, bottleneck).register_forward_hook(self._at_bottleneck)
+
+    def identity(self) -> str:
+        """A fingerprint of the biased network as it was simplified, the same on however many processes."""
+        gated = self.gates.gated.untyped_storage().data_ptr()
+        tensors = state_tensors(self.module).values()
+        frozen = (tensor for tensor in tensors if tensor.untyped_storage().data_ptr() != gated)
+        return digest(self.over_all(self.gates.weight), *frozen)
+
+    def over_all(self, buffer: Tensor) -> Tensor:
+        """A flat buffer over the trained gates as one over all, in which the others have 0; itself if these are all."""
+        if not self._taps:
+            return buffer
+        whole = buffer.new_zeros(self.layout.length)
+        layers = self.layout.views(whole)
+        for name, part in self.gates.views(buffer).items():
+            if name in self._taps:
+                put_taps(layers[name], self._taps[name], part)
+            else:
+                layers[name].copy_(part)
+        return whole
+
+    def over_trained(self, buffer: Tensor) -> Tensor:
+        """The other way round."""
+        if not self._taps:
+            return buffer
+        trained = buffer.new_zeros(self.gates.length)
+        layers = self.layout.views(buffer)
+        for name, part in self.gates.views(trained).items():
+            part.copy_(by_taps(layers[name], self._taps[name]) if name in self._taps else layers[name])
+        return trained
 
     @torch.no_grad()
     def take_out_frozen_part(self, *inputs: Inputs) -> tuple[Inputs, ...]:

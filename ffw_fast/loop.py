@@ -65,7 +65,7 @@ class Loop:
         self.optimizer.start()  # so that a checkpoint has the same tensors from the beginning
         self.heads = PrivateHeads.of(settings, train, problem.width)
         self.vanilla_heads = self.heads
-        self.best_scores = self.gates.scores  # until the first judgement
+        self.best_scores = self.network.over_all(self.gates.scores)  # until the first judgement
         self.metrics: dict[str, Any] = {"warnings": []}
         self.best: Measurement | None = None
         self.history: list[dict[str, Any]] = []
@@ -255,7 +255,7 @@ class Loop:
         self.metrics["pruned"] = {**judged.as_dict(), "weight_sparsity": removed}
         if self.best is None or judged.mean_bias_accuracy < self.best.mean_bias_accuracy:
             own = self.best_scores if self.best is not None else None
-            self.best, self.best_scores = judged, torch.add(self.gates.scores, shift, out=own)
+            self.best, self.best_scores = judged, torch.add(self.network.over_all(self.gates.scores), shift, out=own)
             self.metrics["best"] = self.metrics["pruned"]
         return judged
 
@@ -285,7 +285,7 @@ class Loop:
 
     def forms(self) -> dict[str, tuple[torch.dtype, torch.Size]]:
         """Of the tensors that ``state`` gives on the first process."""
-        whole = self.gates.weight.shape
+        whole = torch.Size([self.network.layout.length])
         return {
             **{name: (tensor.dtype, whole) for name, tensor in self._own_state().items()},
             **{name: (tensor.dtype, tensor.shape) for name, tensor in self._shared_state().items()},
@@ -295,7 +295,8 @@ class Loop:
         """What each process keeps of its own gates."""
         optimizer = self.optimizer.state[self.gates.gated]
         moments = {f"optimizer.{name}": value for name, value in optimizer.items() if value.dim() > 0}
-        return {"scores": self.gates.scores, **moments, "best_scores": self.best_scores}
+        own = {"scores": self.gates.scores, **moments}
+        return {name: self.network.over_all(value) for name, value in own.items()} | {"best_scores": self.best_scores}
 
     def _shared_state(self) -> dict[str, Tensor]:
         """What all processes keep, the same."""
@@ -314,11 +315,11 @@ class Loop:
             raise ValueError(f"it holds {done} epochs, more than max_epochs={self.settings.max_epochs}")
         for name in SHARED_GATE_STATE:
             getattr(self.gates, name).copy_(tensors[name])
-        self.gates.scores.copy_(self.gates.kept(tensors["scores"]))
+        self.gates.scores.copy_(self._kept(tensors["scores"]))
         self.gates.refresh_own()
         for name, value in self.optimizer.state[self.gates.gated].items():
             found = tensors[f"optimizer.{name}"]
-            value.copy_(self.gates.kept(found) if value.dim() > 0 else found)
+            value.copy_(self._kept(found) if value.dim() > 0 else found)
         self.vanilla_heads = self.heads.with_fresh_optimizer()
         for prefix, heads, epochs in zip(
             ("heads", "vanilla_heads"), (self.heads, self.vanilla_heads), record["head_epochs"], strict=True
@@ -331,6 +332,10 @@ class Loop:
         self.best = record["best"] and Measurement(**record["best"])
         self.metrics, self.history, self.seconds = record["metrics"], record["history"], record["seconds"]
         self.processes_before = record["processes"]
+
+    def _kept(self, state: Tensor) -> Tensor:
+        """What this process keeps, of the gates that it trains, of a buffer that ``state`` gave."""
+        return self.gates.kept(self.network.over_trained(state))
 
     def _resumed_note(self) -> str | None:
         """What changes where the run goes on with another number of processes."""
@@ -345,7 +350,7 @@ class Loop:
         return Extraction(
             dense_model=model,
             settings=self.settings,
-            scores=self._layers(self.gates.whole(self.gates.scores + shift)),
+            scores=self._layers(self.gates.whole(self.network.over_all(self.gates.scores) + shift)),
             best_scores=self._layers(self.gates.whole(self.best_scores)),
             history=self.history,
             metrics={**self.metrics, "epochs": len(self.history), "seconds": self.seconds},
@@ -353,4 +358,4 @@ class Loop:
         )
 
     def _layers(self, scores: Tensor) -> dict[str, Tensor]:
-        return {name: view.clone() for name, view in self.gates.views(scores).items()}
+        return {name: view.clone() for name, view in self.network.layout.views(scores).items()}

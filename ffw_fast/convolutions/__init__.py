@@ -1,6 +1,7 @@
 """The cheapest exact way to each convolution of a network, chosen by shapes alone.
 
-On the CPU images of a few pixels are multiplied by one matrix (``unrolled``), and where FFTs need fewer FLOPs they are
+On the CPU images of a few pixels are multiplied by one matrix (``unrolled``, and where their
+gates are trained ``tap_major``), and where FFTs need fewer FLOPs they are
 used (``fft``), with the layers between them in the same order of memory (``batch_innermost``). On a GPU all of them are
 cuDNN's, of images as tensor cores read them (``tensor_core``). Everything else stays PyTorch's own.
 """
@@ -11,6 +12,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from ffw_fast.convolutions import tap_major
 from ffw_fast.convolutions.batch_innermost import keep_batch_innermost
 from ffw_fast.convolutions.fft import FftConv2d, can_use_fft, has_compiled_kernel, is_worth_it, memory_of_steps
 from ffw_fast.convolutions.tensor_core import TensorCoreConv2d
@@ -49,6 +51,26 @@ def use_cheapest_convolutions(model: nn.Module, example: Tensor) -> dict[str, st
 
 
 CLASSES: dict[str, type[nn.Conv2d]] = {"unrolled": UnrolledConv2d, "fft": FftConv2d}
+
+
+@torch.no_grad()
+def lay_out_by_taps(model: nn.Module, example: Tensor) -> dict[str, Tensor]:
+    """Lay the weights of convolutions of a few pixels out tap by tap, in place.
+
+    Args:
+        model: a frozen network on the CPU; it is run once.
+        example: a few samples, of the only shape that it will be run on.
+
+    Returns:
+        Name of each layer that was changed -> the taps that are left of it, see ``tap_major.lay_out_by_taps``.
+    """
+    sizes = _image_sizes(model, example)
+    found = {
+        name: tap_major.lay_out_by_taps(layer, *next(iter(sizes[layer])))
+        for name, layer in model.named_modules()
+        if len(sizes.get(layer, ())) == 1
+    }
+    return {name: taps for name, taps in found.items() if taps is not None}
 
 
 def _for_tensor_cores(model: nn.Module, example: Tensor) -> dict[str, str]:
