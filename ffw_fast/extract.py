@@ -9,6 +9,7 @@ from torch import nn
 
 from ffw_fast.backend import backend_info
 from ffw_fast.bise_loop import BiseLoop
+from ffw_fast.copies import state_tensors
 from ffw_fast.data.datasets import reading_note
 from ffw_fast.distributed import processes
 from ffw_fast.extraction import Extraction
@@ -150,7 +151,7 @@ def extract(
                 shown.note(reading_note(given, samples, name))
         identity = {
             **settings.as_dict(),
-            "weights": loop.network.identity(),
+            "weights": digest(*state_tensors(problem.model).values()),
             "data": digest(*loop.train.identity(), *loop.val.identity()),
         }
         group.check_same({**identity, **computing(target), "max_epochs": settings.max_epochs, "shard": shard})

@@ -16,10 +16,9 @@ from ffw_fast import ops, philox
 from ffw_fast.channels import ChannelGraph, replace_module
 from ffw_fast.convolutions import lay_out_by_taps, use_cheapest_convolutions
 from ffw_fast.convolutions.tap_major import by_taps, put_taps
-from ffw_fast.copies import copy_of, state_tensors
+from ffw_fast.copies import copy_of
 from ffw_fast.data.samples import Inputs, batches_of
 from ffw_fast.distributed import Alone, GradientSum
-from ffw_fast.files import digest
 from ffw_fast.gates import GateKind, gate_movement, half_open_sum
 from ffw_fast.modules import flat_offsets, maskable_layers
 from ffw_fast.simplify import simplified, split_before
@@ -334,13 +333,6 @@ class GatedNetwork:
         self._bottleneck = bottleneck
         self._at_bottleneck = _AtBottleneck()
         bottleneck_module(self.module, bottleneck).register_forward_hook(self._at_bottleneck)
-
-    def identity(self) -> str:
-        """A fingerprint of the biased network as it was simplified, the same on however many processes."""
-        gated = self.gates.gated.untyped_storage().data_ptr()
-        tensors = state_tensors(self.module).values()
-        frozen = (tensor for tensor in tensors if tensor.untyped_storage().data_ptr() != gated)
-        return digest(self.over_all(self.gates.weight), *frozen)
 
     def over_all(self, buffer: Tensor) -> Tensor:
         """A flat buffer over the trained gates as one over all, in which the others have 0; itself if these are all."""

@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from ffw_fast.convolutions.tap_major import TapMajorConv2d
 from ffw_fast.extract import extract
 from ffw_fast.gated_network import FlatLayout, GatedNetwork
 from ffw_fast.gates import GateKind
+from tests.test_distributed import on_processes
 from tests.test_extract import SETTINGS, assert_held_together
 from tests.toy import BOTTLENECK, CLASSES, biased_set
 
@@ -111,6 +113,23 @@ def test_it_resumes_with_the_same_bits(settings, tmp_path):
     ):
         assert torch.equal(ours, theirs)
     assert resumed.metrics["best"] == whole.metrics["best"]
+
+
+def _go_on(rank: int, folder: Path, epochs: int) -> None:
+    train, val = biased_set(130, 1, 1), biased_set(70, 1, 2)
+    extract(network(), train, val, **SETTINGS, max_epochs=epochs, run_dir=folder, resume=True, shard=True)
+
+
+def test_it_goes_on_with_another_number_of_processes(tmp_path):
+    """Several processes train all gates, one leaves idle ones out; checkpoints hold all."""
+    train, val = biased_set(130, 1, 1), biased_set(70, 1, 2)
+    whole = extract(network(), train, val, **SETTINGS, max_epochs=4)
+    _go_on(0, tmp_path, 2)
+    on_processes(2, _go_on, tmp_path, 3)
+    found = extract(network(), train, val, **SETTINGS, max_epochs=4, run_dir=tmp_path, resume=True)
+    assert [len(found.history), found.history[1]] == [4, found.history[1] | {"loss": whole.history[1]["loss"]}]
+    for name, scores in whole.scores.items():
+        torch.testing.assert_close(found.scores[name], scores, rtol=1e-3, atol=1e-5)
 
 
 def test_idle_gates_count_among_those_that_never_got_a_gradient():
