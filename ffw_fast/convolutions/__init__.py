@@ -62,11 +62,11 @@ def lay_out_by_taps(model: nn.Module, example: Tensor) -> dict[str, Tensor]:
         example: a few samples, of the only shape that it will be run on.
 
     Returns:
-        Name of each layer that was changed -> the taps that are left of it, see ``tap_major.lay_out_by_taps``.
+        Name of each layer that was changed -> the taps that are left of it, see ``tap_major.lay_out``.
     """
     sizes = _image_sizes(model, example)
     found = {
-        name: tap_major.lay_out_by_taps(layer, *next(iter(sizes[layer])))
+        name: tap_major.lay_out(layer, *next(iter(sizes[layer])))
         for name, layer in model.named_modules()
         if len(sizes.get(layer, ())) == 1
     }

@@ -46,7 +46,7 @@ class TapMajorConv2d(nn.Conv2d):
 
 
 @torch.no_grad()
-def lay_out_by_taps(layer: nn.Conv2d, height: int, width: int) -> Tensor | None:
+def lay_out(layer: nn.Conv2d, height: int, width: int) -> Tensor | None:
     """Turn a frozen layer into a ``TapMajorConv2d`` in place, where images of that size are worth unrolling.
 
     Returns:
@@ -58,9 +58,9 @@ def lay_out_by_taps(layer: nn.Conv2d, height: int, width: int) -> Tensor | None:
     taps, blocks = live.taps.unique(return_inverse=True)
     layer.weight = nn.Parameter(by_taps(layer.weight, taps).contiguous(), requires_grad=False)
     layer.__class__ = TapMajorConv2d
-    blocks = blocks.view(-1, len(live.pixels)).T.flatten()
-    state = {"blocks": blocks, "pixels": live.pixels, "image": (height, width), "output": live.output}
-    layer.__dict__.update({name: torch.Size(it) if isinstance(it, tuple) else it for name, it in state.items()})
+    assert isinstance(layer, TapMajorConv2d)
+    layer.blocks, layer.pixels = blocks.view(-1, len(live.pixels)).T.flatten(), live.pixels
+    layer.image, layer.output = torch.Size([height, width]), torch.Size(live.output)
     return taps
 
 
