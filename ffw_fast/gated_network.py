@@ -141,7 +141,8 @@ class FlatGates(FlatLayout):
 
     def kept(self, buffer: Tensor) -> Tensor:
         """This process's part of a buffer over all gates; one over its own stays as it is."""
-        return buffer if buffer.shape == self.scores.shape else buffer[self.own]
+        are_shared_out = self.own != slice(0, self.length)
+        return buffer[self.own] if are_shared_out and buffer.shape != self.scores.shape else buffer
 
     def whole(self, part: Tensor) -> Tensor:
         """A buffer over all gates, on every process, of which each has its part."""
@@ -305,16 +306,15 @@ class GatedNetwork:
             frozen, sites = channels.explicit()
         self.module = simplified(frozen, bottleneck, lambda network: outputs_of(network, bottleneck, example))
         layers = maskable_layers(self.module)
-        counts = {name: layer.weight.numel() for name, layer in layers.items()}
-        self.layout = FlatLayout({name: layer.weight.shape for name, layer in layers.items()})
+        weights = {name: layer.weight.detach() for name, layer in layers.items()}
+        if channels is not None:
+            weights = {name: weights[name].new_ones(place.channels) for name, place in channels.places.items()}
+        self.layout = FlatLayout({name: weight.shape for name, weight in weights.items()})
         self._taps: dict[str, Tensor] = {}
         if channels is None and example.device.type == "cpu" and not kind.is_random and (group or Alone()).count == 1:
             self._taps = lay_out_by_taps(self.module, example)
-        weights = {name: layer.weight.detach() for name, layer in layers.items()}
-        idle = {name: counts[name] - weight.numel() for name, weight in weights.items()}
-        if channels is not None:
-            weights = {name: weights[name].new_ones(place.channels) for name, place in channels.places.items()}
-            self.layout = FlatLayout({name: weight.shape for name, weight in weights.items()})
+            weights |= {name: layers[name].weight.detach() for name in self._taps}
+        idle = {name: shape.numel() - weights[name].numel() for name, shape in self.layout.shapes.items()}
         self.gates = FlatGates(weights, kind, seed, group, idle)
         gradients = self.gates.views(self.gates.grad)
         leaves = []

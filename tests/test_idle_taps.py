@@ -113,6 +113,8 @@ def test_it_resumes_with_the_same_bits(settings, tmp_path):
     ):
         assert torch.equal(ours, theirs)
     assert resumed.metrics["best"] == whole.metrics["best"]
+    again = extract(network(), train, val, **arguments, max_epochs=4, run_dir=tmp_path, resume=True)
+    assert all(torch.equal(again.best_scores[name], scores) for name, scores in whole.best_scores.items())
 
 
 def _go_on(rank: int, folder: Path, epochs: int) -> None:
