@@ -33,7 +33,7 @@ class Extraction:
     """The sub-network that ``ffw_fast.extract`` found.
 
     Attributes:
-        dense_model: the biased network, unchanged.
+        dense_model: the biased network as given, no copy: what is changed in it later changes what ``model`` gives.
         settings: what the extraction was asked for.
         scores: layer name -> scores at the end, shaped as the layer's weight, or (channels,) where channels are gated.
             A weight or channel is kept where they are >= 0.
