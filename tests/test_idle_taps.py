@@ -1,6 +1,5 @@
 """An extraction where images of a few pixels leave taps idle: trained without them, and as if they had been there."""
 
-import copy
 import itertools
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from ffw_fast.convolutions.tap_major import TapMajorConv2d
 from ffw_fast.extract import extract
 from ffw_fast.gated_network import FlatLayout, GatedNetwork
 from ffw_fast.gates import GateKind
+from ffw_fast.models import ResNet18
 from tests.test_distributed import on_processes
 from tests.test_extract import SETTINGS, assert_held_together
 from tests.toy import BOTTLENECK, CLASSES, biased_set
@@ -81,23 +81,27 @@ def test_idle_taps_are_left_out_where_gates_are_not_random(kind):
     assert trained.layout.length == FlatLayout({name: weights[name].shape for name in trained.gates.shapes}).length
 
 
+def test_most_of_a_resnet18_is_idle_on_images_of_32_pixels():
+    trained = GatedNetwork(ResNet18(10).eval(), BOTTLENECK, GateKind.FFW, 0, torch.randn(2, 3, 32, 32))
+    numbers = sum(score.numel() for score in trained.gates.views(trained.gates.scores).values())
+    assert round(numbers / 1e6, 1) == 4.2
+    assert round(1 - numbers / trained.gates.count, 2) == 0.62
+
+
 def test_buffers_over_all_gates_and_over_those_that_are_trained():
     trained = GatedNetwork(network(), BOTTLENECK, GateKind.FFW, 0, biased_set(8, 1, 1)[0])
     buffer = torch.randn(trained.gates.length)
-    for name, part in trained.gates.views(torch.zeros_like(buffer)).items():
-        assert trained.gates.view(buffer, name).shape == part.shape
     whole = trained.over_all(buffer)
     back = trained.over_trained(whole)
     for name in trained.gates.shapes:
         assert torch.equal(trained.gates.view(back, name), trained.gates.view(buffer, name))
     assert not idle_scores(trained.layout.views(whole)).any()
     frozen = trained.layout.views(trained.over_all(trained.gates.weight))
-    for name in ("on_four", "to_one", "on_one", "classifier"):
-        expected = copy.deepcopy(network().get_submodule(name).weight.detach())
-        if name != "on_four":  # into which its batch norm is folded
-            live = frozen[name] != 0
-            assert torch.equal(frozen[name][live], expected[live])
-            assert live.sum() == expected.numel() - IDLE.get(name, 0)
+    for name in ("to_one", "on_one", "classifier"):
+        expected = network().get_submodule(name).weight.detach()
+        live = frozen[name] != 0
+        assert torch.equal(frozen[name][live], expected[live])
+        assert live.sum() == expected.numel() - IDLE.get(name, 0)
 
 
 @pytest.mark.parametrize("settings", [{}, {"schedule": "adaptive", "anneal_rate": 1e-3}, {"method": "bise"}])
@@ -129,7 +133,8 @@ def test_it_goes_on_with_another_number_of_processes(tmp_path):
     _go_on(0, tmp_path, 2)
     on_processes(2, _go_on, tmp_path, 3)
     found = extract(network(), train, val, **SETTINGS, max_epochs=4, run_dir=tmp_path, resume=True)
-    assert [len(found.history), found.history[1]] == [4, found.history[1] | {"loss": whole.history[1]["loss"]}]
+    assert len(found.history) == 4
+    assert found.history[1]["loss"] == whole.history[1]["loss"], "the first two epochs are those of one process"
     for name, scores in whole.scores.items():
         torch.testing.assert_close(found.scores[name], scores, rtol=1e-3, atol=1e-5)
 

@@ -1,9 +1,9 @@
 """The cheapest exact way to each convolution of a network, chosen by shapes alone.
 
-On the CPU images of a few pixels are multiplied by one matrix (``unrolled``, and where their
-gates are trained ``tap_major``), and where FFTs need fewer FLOPs they are
-used (``fft``), with the layers between them in the same order of memory (``batch_innermost``). On a GPU all of them are
-cuDNN's, of images as tensor cores read them (``tensor_core``). Everything else stays PyTorch's own.
+On the CPU images of a few pixels are multiplied by one matrix (``unrolled``, and where gates are trained
+``tap_major``), and where FFTs need fewer FLOPs they are used (``fft``), with the layers between them in the same order
+of memory (``batch_innermost``). On a GPU all of them are cuDNN's, of images as tensor cores read them
+(``tensor_core``). Everything else stays PyTorch's own.
 """
 
 from collections.abc import Iterator

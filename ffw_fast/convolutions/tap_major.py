@@ -2,9 +2,11 @@
 
 The matrix of such a layer (``unrolled``) is put together of blocks (C, K), one for each pair of an output pixel and a
 pixel that is read, and all pairs with the same tap have the same block. Where the weight lies tap by tap, blocks are
-copied whole, and where one pixel is left there is nothing to copy. Whatever the taps are that meet nothing but padding,
-the output is the same and their gradient is 0. The last stage of ResNet18 sees one pixel of an image
+copied whole, and where one pixel is left there is nothing to copy. Taps that meet nothing but padding are idle:
+whatever they are, the output is the same and their gradient is 0. The last stage of ResNet18 sees one pixel of an image
 of 32 x 32, so that eight of its nine taps are idle, 62% of all weights of the network.
+
+Sizes: N images, C and K channels of the input and the output, I pixels read, O given, P taps left.
 """
 
 import torch

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from torch import nn
 
 from ffw_fast.convolutions import lay_out_by_taps
@@ -22,15 +22,14 @@ def laid_out(direct: nn.Conv2d, height: int, width: int) -> tuple[nn.Conv2d, tor
     return layer.requires_grad_(), taps
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.filter_too_much])
 @given(layers_on_small_images, few_pixels, few_pixels)
 def test_it_is_the_direct_one(arguments, height, width):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         direct = nn.Conv2d(3, 4, **arguments).double()
         x = torch.randn(5, 3, height, width, dtype=torch.float64)
-    if not is_worth_unrolling(direct, height, width):
-        return
+    assume(is_worth_unrolling(direct, height, width))
     layer, taps = laid_out(direct, height, width)
     for order in (torch.Tensor.contiguous, batch_innermost):
         results = []
