@@ -37,12 +37,14 @@ class Extraction:
         settings: what the extraction was asked for.
         scores: layer name -> scores at the end, shaped as the layer's weight, or (channels,) where channels are gated.
             A weight or channel is kept where they are >= 0.
-        best_scores: likewise, of the pruned network with the lowest mean validation bias accuracy.
+        best_scores: likewise, of the pruned network with the lowest mean validation bias accuracy; of BISE with the
+            highest validation task accuracy, or those at the end where there was no validation set.
         history: one dict an epoch: ``epoch``, ``temperature``, ``loss``, ``cross_entropy``, ``train_mi``,
             ``head_epochs``, ``val_mi``, ``val_task_accuracy``, ``val_bias_accuracy`` (list), ``half_open`` (how
             far gates are from open or shut, see ``ffw_fast.gates.half_open``), ``seconds``, and where the pruned
             network was judged ``pruned_task_accuracy`` and ``pruned_bias_accuracy`` (list).
-        metrics: ``vanilla``, ``pruned`` and ``best`` on the validation set, each with ``task_accuracy``,
+        metrics: ``vanilla``, ``pruned`` and ``best`` on the validation set, or where there was none on the training
+            set (BISE's ``measured_on`` and ``selection`` say which), each with ``task_accuracy``,
             ``bias_accuracy`` (list), ``bias_mi`` (list), ``sparsity`` (share of the gates that are closed) and
             ``weight_sparsity`` (share of the Conv and Linear weights that are gone); ``epochs``, ``seconds`` and
             ``warnings``.

@@ -112,7 +112,7 @@ class FlatGates(FlatLayout):
         return sum(self.counts.values())
 
     def sparsity(self, shift: float = 0.0) -> float:
-        """Share of the weights that pruning at ``m + shift >= 0`` removes."""
+        """Share of the gates that pruning at ``m + shift >= 0`` closes."""
         removed = torch.zeros((), dtype=torch.float64, device=self.scores.device)
         for _part, scores in self._blocks(self.scores):
             removed += (scores + shift < 0).sum()

@@ -17,7 +17,7 @@ class Measurement:
         task_accuracy: of the network's logits.
         bias_accuracy: of each private head.
         bias_mi: of each private head's predictions and its bias label, over the whole set.
-        sparsity: share of the gated weights that are pruned.
+        sparsity: share of the gates, of weights or channels, that are closed.
     """
 
     task_accuracy: float

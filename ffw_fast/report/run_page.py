@@ -1,5 +1,7 @@
 """The page of one run: what each part of it says, for the template."""
 
+from typing import Any
+
 from ffw_fast.figures import figure_module
 from ffw_fast.progress import describe_time
 from ffw_fast.report.page import Picture, asked, origin, picture, render
@@ -45,7 +47,8 @@ def run_page(run: RunFolder) -> str:
         run=run,
         metrics=metrics,
         complete=metrics.get("complete", True),
-        measured_on="the unbiased test set" if "validation" in metrics else "the validation set",
+        measured_on=measured_on(metrics),
+        best=best(metrics),
         warnings=metrics.get("warnings", []),
         results=results(run),
         sizes=sizes(run),
@@ -57,6 +60,18 @@ def run_page(run: RunFolder) -> str:
         ),
         origin=origin(config, stages),
     )
+
+
+def measured_on(metrics: dict[str, Any]) -> str:
+    """The set whose figures the page shows: a run has a test set, a saved extraction has none."""
+    if "validation" in metrics:
+        return "the unbiased test set"
+    return "the training set" if metrics.get("measured_on") == "train" else "the validation set"
+
+
+def best(metrics: dict[str, Any]) -> str:
+    """By what the best network was chosen."""
+    return metrics.get("validation", metrics).get("selection", "lowest bias accuracy on the validation set")
 
 
 def results(run: RunFolder) -> list[tuple[str, str, list[float | None]]]:
@@ -74,7 +89,9 @@ def results(run: RunFolder) -> list[tuple[str, str, list[float | None]]]:
         information = [network["bias_mi"][index] for network in networks]
         floors = [network["bias_mi_floor"][index] for network in networks if "bias_mi_floor" in network]
         lines.append((f"{bias}, information", f"floor {max(floors):.3f}" if floors else "", information))
-    lines.append(("share of weights pruned", "", [network["sparsity"] for network in networks]))
+    lines.append(("share of gates closed", "", [network["sparsity"] for network in networks]))
+    if all("weight_sparsity" in network for network in networks):
+        lines.append(("share of weights gone", "", [network["weight_sparsity"] for network in networks]))
     return lines
 
 

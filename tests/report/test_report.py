@@ -15,6 +15,8 @@ import torch
 from ffw_fast.cli import main
 from ffw_fast.extract import extract
 from ffw_fast.report import write_report
+from ffw_fast.report.run_page import results
+from ffw_fast.runs.reading import RunFolder
 from tests import tiny
 from tests.small_run import small_run
 
@@ -57,6 +59,16 @@ def test_a_run_without_a_validation_set_has_a_page(tmp_path):
     bise = {"max_epochs": 2, "method": "bise"}
     page = write_report(small_run(tmp_path, extraction=bise, without_val=True)).read_text()
     assert "no validation set" in page
+    assert "<em>best</em> that of the\n  last epoch." in page
+    assert "lowest bias accuracy" not in page
+
+
+def test_shares_of_gates_and_of_weights_are_told_apart(tmp_path):
+    folder = small_run(tmp_path, extraction={"max_epochs": 2, "granularity": "channel"})
+    pruned = json.loads((folder / "metrics.json").read_text())["pruned"]
+    lines = {label: values for label, _, values in results(RunFolder(folder))}
+    assert lines["share of gates closed"][1] == pruned["sparsity"]
+    assert lines["share of weights gone"][1] == pruned["weight_sparsity"]
 
 
 def test_every_figure_is_there_and_follows_light_and_dark(page):
