@@ -182,10 +182,13 @@ def test_what_was_killed_is_run_again_and_bad_input_is_not(tmp_path, script):
 
 
 def test_leaving_ends_the_jobs_under_way(tmp_path, script):
-    script("[ $1 = 0 ] || exec sleep 1000 && echo $$ > /dev/null")
+    process = tmp_path / "process"
+    script(f"while [ ! -s {process} ]; do [ $1 = 0 ] || {{ echo $$ > {process}; exec sleep 1000; }}; done")
     running = engine().run(jobs_in(tmp_path, 2))
     next(running)
-    running.close()  # returns once they have ended, else the sleep would hold it
+    running.close()
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(process.read_text()), 0)
 
 
 @pytest.mark.slow

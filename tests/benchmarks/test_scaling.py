@@ -1,45 +1,10 @@
-"""The commands of docs/scaling.md are understood, each by the parser that it is for; other tests run them."""
+"""What several processes cost on paper, and that hosts which are simulated send just that."""
 
-import re
-import shlex
 from contextlib import ExitStack
-from pathlib import Path
 
 import pytest
 from ffw_fast.benchmarks import processes, scaling
 from ffw_fast.benchmarks.hosts import Hosts
-
-from ffw_fast.cli import build_parser
-
-PAGE = Path(__file__).parents[1] / "docs" / "scaling.md"
-COMMANDS = [
-    line for block in re.findall(r"```sh\n(.*?)```", PAGE.read_text(), re.DOTALL) for line in block.splitlines()
-]
-
-
-def _own_arguments(command: str) -> list[str]:
-    """What is ours of a command: behind the launcher or the container's name."""
-    words = shlex.split(command)
-    for start in ("ffw-fast", "ffw_fast"):
-        if start in words:
-            return words[words.index(start) + 1 :]
-    return []
-
-
-@pytest.mark.parametrize("command", [command for command in COMMANDS if "build" not in command])
-def test_the_command_is_understood(command):
-    options = build_parser().parse_args(_own_arguments(command))
-    assert callable(options.command)
-
-
-def test_the_launchers_options_are_torchruns():
-    from torch.distributed.run import get_args_parser
-
-    launched = [shlex.split(command)[1:] for command in COMMANDS if command.startswith("torchrun")]
-    assert len(launched) == 2
-    for arguments in launched:
-        options = get_args_parser().parse_args(arguments)
-        assert (options.module, options.training_script) == (True, "ffw_fast")
 
 
 def test_the_paper_costs(capsys):
