@@ -15,7 +15,7 @@ from ffw_fast.benchmarks.jobs import JOBS, TINY_JOBS, Job, chosen_jobs
 from ffw_fast.benchmarks.machine import describe, take_turns
 from rich.table import Table
 
-from ffw_fast.gated_network import FlatGates
+from ffw_fast.flat_gates import FlatGates
 from ffw_fast.gates import GateKind
 from ffw_fast.modules import maskable_layers
 from ffw_fast.optim import GatedAdam

@@ -17,7 +17,7 @@ from ffw_fast.benchmarks.jobs import Job, Layer, all_layers, chosen_jobs
 from ffw_fast.benchmarks.table8 import ADAM_BYTES, EPOCHS, HEAD_EPOCHS
 from rich.table import Table
 
-from ffw_fast.gated_network import EVALUATION_BATCH
+from ffw_fast.data.samples import EVALUATION_BATCH
 from ffw_fast.tables import print_table
 
 MATRIX_RATES = {"fp32": 19.5e12, "tf32": 156e12, "bf16": 312e12}

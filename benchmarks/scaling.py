@@ -14,7 +14,7 @@ import torch
 from rich.table import Table
 
 from ffw_fast.distributed import ShardedGroup
-from ffw_fast.gated_network import FlatGates
+from ffw_fast.flat_gates import FlatGates
 from ffw_fast.gates import GateKind
 from ffw_fast.optim import GatedAdam
 from ffw_fast.tables import print_table

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ffw_fast import ops
-from ffw_fast.data.samples import Samples, batches_of
-from ffw_fast.gated_network import EVALUATION_BATCH
+from ffw_fast.data.samples import EVALUATION_BATCH, Samples, batches_of
 from ffw_fast.objective import Objective
 from ffw_fast.settings import Settings
 from ffw_fast.vanilla import Recipe, train_vanilla

@@ -9,7 +9,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from ffw_fast.gated_network import FlatGates, bottleneck_module
+from ffw_fast.bottleneck import bottleneck_module
+from ffw_fast.flat_gates import FlatGates
 from ffw_fast.measure import Measurement
 from ffw_fast.schedule import Schedule
 

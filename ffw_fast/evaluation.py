@@ -8,8 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ffw_fast.copies import copy_of
-from ffw_fast.data.samples import Inputs, batches_of
-from ffw_fast.gated_network import EVALUATION_BATCH
+from ffw_fast.data.samples import EVALUATION_BATCH, Inputs, batches_of
 from ffw_fast.inputs import as_samples
 from ffw_fast.modes import evaluation_mode
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ffw_fast.distributed import Alone
-from ffw_fast.gated_network import FlatGates
+from ffw_fast.flat_gates import FlatGates
 from ffw_fast.heads import PrivateHeads
 
 LOSSES = ("loss", "cross-entropy", "mutual information")  # as a step gives them

@@ -1,6 +1,7 @@
 """Fine-tuning of what survives: masks fixed, the surviving weights and the biases of the masked layers trained."""
 
 import copy
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -9,15 +10,15 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ffw_fast.bise import BiasedObjective
+from ffw_fast.bottleneck import AtBottleneck, bottleneck_module
 from ffw_fast.convolutions import cheapest_convolutions
 from ffw_fast.copies import copy_of
-from ffw_fast.data.samples import Inputs, Samples, batches_of
-from ffw_fast.gated_network import EVALUATION_BATCH, bottleneck_module
+from ffw_fast.data.samples import EVALUATION_BATCH, Inputs, Samples, batches_of
 from ffw_fast.heads import PrivateHeads
 from ffw_fast.inputs import prepare
 from ffw_fast.measure import accuracy
 from ffw_fast.modes import training_modes
-from ffw_fast.objective import objective
+from ffw_fast.objective import Objective, objective
 from ffw_fast.seeding import epoch_order
 from ffw_fast.settings import Settings, check_integer, check_number
 
@@ -72,10 +73,7 @@ def finetune(
     optimizer = torch.optim.Adam(opened, lr)
     heads = PrivateHeads.of(settings, train, problem.width)
     reader = _Reader(network, settings.bottleneck)
-    biased = None
-    if settings.method == "bise":
-        _features, logits = reader(train.x[:1].clone())
-        biased = BiasedObjective.from_settings(settings, train, logits.shape[1])
+    loss = _loss(settings, gamma, train, reader)
     with cheapest_convolutions(network, train.x[:2]):
         best, best_accuracy = copy.deepcopy(network.state_dict()), reader.accuracy(val)
         for epoch in range(epochs):
@@ -85,12 +83,7 @@ def finetune(
             for x, y, b in train.batches(rows, settings.batch_size):
                 optimizer.zero_grad()
                 features, logits = reader(x)
-                head_logits = heads.logits(features.detach())
-                if biased is not None:
-                    found = replace(biased, gamma=gamma)(logits, y, head_logits, b)
-                else:
-                    found = objective(logits, y, head_logits, b, settings.alpha, gamma)
-                found.backward(logits, features, heads)
+                loss(logits, y, heads.logits(features.detach()), b).backward(logits, features, heads)
                 optimizer.step()
                 if gamma > 0:  # after the backward pass, which reads the heads as they were
                     heads.step(features, b)
@@ -105,6 +98,16 @@ def finetune(
     for ours, theirs in zip(network.parameters(), model.parameters(), strict=True):
         ours.requires_grad_(theirs.requires_grad)
     return network
+
+
+def _loss(
+    settings: Settings, gamma: float, train: Samples, reader: "_Reader"
+) -> Callable[[Tensor, Tensor, Tensor, Tensor], Objective]:
+    """J of a minibatch with this gamma: of logits (n, C), y (n,), head logits (n, heads, K) and b (n, heads)."""
+    if settings.method == "bise":
+        _features, logits = reader(train.x[:1].clone())
+        return replace(BiasedObjective.from_settings(settings, train, logits.shape[1]), gamma=gamma)
+    return lambda logits, y, head_logits, b: objective(logits, y, head_logits, b, settings.alpha, gamma)
 
 
 def _open(network: nn.Module, masks: dict[str, Tensor]) -> tuple[list[nn.Parameter], list[RemovableHandle]]:
@@ -130,16 +133,13 @@ class _Reader:
 
     def __init__(self, network: nn.Module, bottleneck: str) -> None:
         self.network = network
-        self.kept: Tensor = torch.empty(0)
-        self.hook = bottleneck_module(network, bottleneck).register_forward_hook(self._keep)
-
-    def _keep(self, _module: nn.Module, _inputs: tuple, output: Tensor) -> None:
-        self.kept = output.flatten(1)
+        self._at_bottleneck = AtBottleneck()
+        self.hook = bottleneck_module(network, bottleneck).register_forward_hook(self._at_bottleneck)
 
     def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Features (n, D) and logits (n, C), in the heads' float32 whatever the network's dtype."""
         logits = self.network(x)
-        return self.kept.float(), logits.float()
+        return self._at_bottleneck.taken().float(), logits.float()
 
     @torch.no_grad()
     def features(self, x: Inputs) -> Tensor:

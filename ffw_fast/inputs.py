@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
+from ffw_fast.bottleneck import bottleneck_module
 from ffw_fast.data.datasets import LAYOUTS, is_dataset, read_dataset
 from ffw_fast.data.pixels import Pixels
 from ffw_fast.data.samples import Inputs, Samples
 from ffw_fast.data.stream import Stream, drawing_from
-from ffw_fast.gated_network import bottleneck_module
 from ffw_fast.modes import evaluation_mode
 from ffw_fast.modules import maskable_layers, masked_layers
 from ffw_fast.settings import Settings

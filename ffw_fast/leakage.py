@@ -6,10 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ffw_fast.bottleneck import outputs_of
 from ffw_fast.convolutions import cheapest_convolutions
-from ffw_fast.data.samples import Inputs, Samples
+from ffw_fast.data.samples import EVALUATION_BATCH, Inputs, Samples
 from ffw_fast.evaluation import evaluate_predictions
-from ffw_fast.gated_network import EVALUATION_BATCH, outputs_of
 from ffw_fast.heads import PrivateHeads
 from ffw_fast.measure import measure
 from ffw_fast.ops import joint_distribution, joint_information

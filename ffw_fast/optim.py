@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ffw_fast import ops
-from ffw_fast.gated_network import FlatGates
+from ffw_fast.flat_gates import FlatGates
 from ffw_fast.schedule import LARGEST_FALL, STEPS_OF_SCORES
 
 LR = 1e-3
@@ -30,7 +30,7 @@ class GatedOptimizer(torch.optim.Optimizer, ABC):
         groups = [gates] if isinstance(gates, FlatGates) else list(gates)
         if strangers := sorted({type(flat).__name__ for flat in groups if not isinstance(flat, FlatGates)}):
             raise TypeError(
-                f"{type(self).__name__} takes ffw_fast.gated_network.FlatGates, got {', '.join(strangers)}; the scores "
+                f"{type(self).__name__} takes ffw_fast.flat_gates.FlatGates, got {', '.join(strangers)}; the scores "
                 "of masked layers are ordinary parameters, for torch.optim.Adam"
             )
         self._gates = {flat.gated: flat for flat in groups}

@@ -17,11 +17,11 @@ from torch.nn.functional import cross_entropy
 
 from ffw_fast import bise, optim, philox
 from ffw_fast import heads as private_heads
+from ffw_fast.bottleneck import bottleneck_module
 from ffw_fast.channels import ChannelGraph
 from ffw_fast.copies import copy_of
 from ffw_fast.data.samples import Samples, batches_of
 from ffw_fast.extraction import Extraction, gated_tensors, masks_of, sparsity, weight_sparsity
-from ffw_fast.gated_network import bottleneck_module
 from ffw_fast.gates import GateKind, gate, gate_movement, gate_slope, half_open
 from ffw_fast.inputs import Problem, prepare
 from ffw_fast.loop import GATE_EPOCHS

@@ -14,9 +14,8 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from ffw_fast.convolutions import cheapest_convolutions
 from ffw_fast.data.augmentation import crop_at_random, flip_at_random
 from ffw_fast.data.pixels import Pixels
-from ffw_fast.data.samples import Samples, batches_of
+from ffw_fast.data.samples import EVALUATION_BATCH, Samples, batches_of
 from ffw_fast.files import DamagedFileError
-from ffw_fast.gated_network import EVALUATION_BATCH
 from ffw_fast.modes import training_modes
 from ffw_fast.run_state import OtherRunError, Resumable, RunState
 from ffw_fast.seeding import epoch_order, seeded_generator

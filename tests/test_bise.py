@@ -13,7 +13,8 @@ from ffw_fast import bise, reference
 from ffw_fast.bise import BiasedObjective, counted_importance
 from ffw_fast.extract import extract
 from ffw_fast.extraction import Extraction
-from ffw_fast.gated_network import FlatGates, GatedNetwork
+from ffw_fast.flat_gates import FlatGates
+from ffw_fast.gated_network import GatedNetwork
 from ffw_fast.gates import GATES, GateKind, gate_kind
 from ffw_fast.optim import GatedSGD
 from tests import tiny, toy

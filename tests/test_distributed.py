@@ -24,7 +24,7 @@ from ffw_fast.cli import main
 from ffw_fast.distributed import ALIGNMENT, Alone, GradientSum, Group, ProcessLost, ShardedGroup, processes
 from ffw_fast.extract import extract
 from ffw_fast.extraction import Extraction
-from ffw_fast.gated_network import FlatGates
+from ffw_fast.flat_gates import FlatGates
 from ffw_fast.gates import GateKind
 from ffw_fast.objective import objective
 from ffw_fast.optim import GatedAdam

@@ -7,7 +7,7 @@ import torch
 from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR
 
 from ffw_fast import philox
-from ffw_fast.gated_network import FlatGates
+from ffw_fast.flat_gates import FlatGates
 from ffw_fast.gates import GATES, GateKind, gate_kind, gate_movement
 from ffw_fast.modules import flat_offsets
 from ffw_fast.optim import GatedAdam
@@ -289,5 +289,5 @@ def test_bad_anneal_rate(rate):
 
 
 def test_parameters_are_refused():
-    with pytest.raises(TypeError, match=r"takes ffw_fast\.gated_network\.FlatGates, got Parameter; the scores of"):
+    with pytest.raises(TypeError, match=r"takes ffw_fast\.flat_gates\.FlatGates, got Parameter; the scores of"):
         GatedAdam(torch.nn.Linear(2, 2).parameters())

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import fx, nn
 
-from ffw_fast.gated_network import GatedNetwork, outputs_of
+from ffw_fast.bottleneck import outputs_of
+from ffw_fast.gated_network import GatedNetwork
 from ffw_fast.gates import GateKind
 from ffw_fast.models import ResNet18
 from ffw_fast.simplify import TOLERANCE, fold_batch_norms, overwrite_in_activations, simplified

@@ -7,10 +7,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from ffw_fast.data.samples import Samples, batches_of
+from ffw_fast.data.samples import EVALUATION_BATCH, Samples, batches_of
 from ffw_fast.extraction import apply_masks
 from ffw_fast.finetune import finetune
-from ffw_fast.gated_network import EVALUATION_BATCH
 from ffw_fast.modules import maskable_layers
 from ffw_fast.settings import Settings
 

@@ -10,6 +10,8 @@ from torch import Tensor
 from ffw_fast.data.pixels import Pixels
 from ffw_fast.data.stream import Stream
 
+EVALUATION_BATCH = 500  # samples a forward pass without gradients
+
 Inputs: TypeAlias = Tensor | Pixels | Stream  # all give float tensors when indexed by rows or split
 
 
