@@ -1,6 +1,8 @@
 """Gradients of the raw operators: the straight-through gate, masked layers, and mutual information by the logits."""
 
+import functools
 import inspect
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -31,6 +33,45 @@ def _called_in_order(function: type[torch.autograd.Function]) -> type[torch.auto
     return function
 
 
+class _Refusing(torch.autograd.Function):
+    """A gradient as it is, whose own derivative by ``sources``, which it was computed from, is an error."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(gradient: Tensor, *_sources: Tensor) -> Tensor:
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx, _grad: Tensor):
+        raise RuntimeError(
+            "this gradient has no derivative of its own: the straight-through gradient of a gate is not that of a "
+            "function, and mutual_information and fused masked layers have first derivatives alone"
+        )
+
+
+def _once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """A backward pass by raw operators, through which ``create_graph=True`` would lead to zeros.
+
+    PyTorch's decorator of that name looks at the incoming gradient alone, and this one at what was saved, too.
+    """
+
+    @functools.wraps(backward)
+    def refusing(ctx: Any, *grads: Tensor) -> Any:
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+            return backward(ctx, *grads)
+        sources = [source for source in (*grads, *ctx.saved_tensors) if source is not None and source.requires_grad]
+        with torch.no_grad():
+            found = backward(ctx, *grads)
+        return tuple(None if part is None else _Refusing.apply(part, *sources) for part in found)
+
+    return refusing
+
+
 @_called_in_order
 class GateWeight(torch.autograd.Function):
     """``v = w * g(m)`` with the straight-through gradient to the scores ``m``.
@@ -51,6 +92,7 @@ class GateWeight(torch.autograd.Function):
         ctx.save_for_backward(*tensors)
 
     @staticmethod
+    @_once_differentiable
     def backward(ctx, grad: Tensor):
         weight, scores, temperature, draw = ctx.saved_tensors
         weight_grad = scores_grad = None
@@ -78,6 +120,7 @@ class GatedLinear(torch.autograd.Function):
         ctx.save_for_backward(*tensors, output if relu else None)
 
     @staticmethod
+    @_once_differentiable
     def backward(ctx, grad: Tensor):
         x, *gate, output = ctx.saved_tensors
         x_grad = scores_grad = None
@@ -108,6 +151,7 @@ class GatedConv2d(torch.autograd.Function):
         ctx.save_for_backward(*tensors, output if relu else None)
 
     @staticmethod
+    @_once_differentiable
     def backward(ctx, grad: Tensor):
         x, *gate, output = ctx.saved_tensors
         x_grad = scores_grad = None
@@ -132,7 +176,7 @@ class MutualInformation(torch.autograd.Function):
         ctx.save_for_backward(*inputs, output[1])
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @_once_differentiable
     def backward(ctx, grad: Tensor, _joint_grad):
         logits, labels, joint = ctx.saved_tensors
         return ops.mutual_information_backward(grad, logits, labels, joint), None

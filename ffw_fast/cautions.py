@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ffw_fast.bottleneck import bottleneck_module
 from ffw_fast.flat_gates import FlatGates
 from ffw_fast.measure import Measurement
+from ffw_fast.modules import ungated_subclasses
 from ffw_fast.schedule import Schedule
 
 DEVIATIONS = 2.0  # of an accuracy at chance from it, by chance
@@ -37,6 +38,15 @@ def highest_by_chance(labels: Tensor) -> float:
     """What an accuracy that knows only the most frequent label may reach, up to two standard deviations."""
     share = int(labels.bincount().max()) / len(labels)
     return share + DEVIATIONS * math.sqrt(share * (1 - share) / len(labels))
+
+
+def of_layers(model: nn.Module) -> Iterator[str]:
+    """Of layers that look like Conv or Linear and have no gates."""
+    if others := ungated_subclasses(model):
+        yield (
+            f"layers {', '.join(others)} have no gates and keep all weights: they are subclasses of Conv or Linear, "
+            "which may use their weight in a way of their own"
+        )
 
 
 @torch.no_grad()

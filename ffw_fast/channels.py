@@ -23,6 +23,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
 from ffw_fast.modes import evaluation_mode
+from ffw_fast.parts import held_elsewhere, module_of, replace_module
 
 LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 NOT_ELEMENTWISE = ("MultiheadAttention", "Softmax", "Softmax2d", "Softmin", "LogSoftmax", "GLU")
@@ -34,22 +35,24 @@ FUNCTIONS = frozenset(  # as functions and, where tensors have them, as methods
     )
 )
 ADDITIONS = (operator.add, operator.iadd, torch.add)
-PASSING = (_BatchNorm, nn.Identity, _DropoutNd)  # between a layer and its non-linearity; each channel for itself
-HOOKS = (
-    *("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs"),
-    *("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
-)
 POOLS = tuple(
     getattr(nn, f"{kind}Pool{dimensions}d")
     for kind in ("Max", "Avg", "AdaptiveAvg", "AdaptiveMax")
     for dimensions in (1, 2, 3)
 )
-ALIKE_FUNCTIONS = FUNCTIONS | frozenset(  # whose channels are constant where those of their input are
-    (
-        *("flatten", "mean", "max_pool1d", "max_pool2d", "max_pool3d", "avg_pool1d", "avg_pool2d", "avg_pool3d"),
-        *("adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d"),
-    )
+POOL_FUNCTIONS = frozenset(
+    f"{kind}_pool{dimensions}d" for kind in ("max", "avg", "adaptive_avg", "adaptive_max") for dimensions in (1, 2, 3)
 )
+STATELESS = (nn.Identity, _DropoutNd, *POOLS)
+PASSING = (
+    _BatchNorm,
+    *STATELESS,
+)  # between a layer and its non-linearity: each channel for itself
+HOOKS = (
+    *("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs"),
+    *("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
+)
+ALIKE_FUNCTIONS = FUNCTIONS | POOL_FUNCTIONS | {"flatten", "mean"}  # channels constant where their input's are
 
 
 @dataclass(frozen=True)
@@ -111,7 +114,7 @@ class ChannelGraph:
         if not every:
             raise ValueError(
                 f"no channel can be gated: in {type(model).__name__} no output of a Conv or Linear layer reaches a "
-                "non-linearity through batch norm and an addition at most"
+                "non-linearity through batch norm, pools and an addition at most"
             )
         self.places = {name: every[name] for name in _chosen(list(every), where)}
 
@@ -137,8 +140,9 @@ class ChannelGraph:
     def explicit(self) -> tuple[nn.Module, dict[str, str]]:
         """A model in which every gate has a module of its own to stand behind, and layer name -> that module's name.
 
-        It is the model itself where each of these non-linearities is a module that runs once; else a ``GraphModule``
-        of the model's own parts with an ``nn.Identity`` behind each of the others.
+        It is the model itself where each of these non-linearities is a module that runs once and that no code reaches
+        past the model's tree; else a ``GraphModule`` of the model's own parts, with an ``nn.Identity`` behind each that
+        is no module that runs once.
         """
         sites = {name: str(place.node.target) for name, place in self.places.items() if self._runs_once(place.node)}
         if not self._needs_graph:
@@ -230,7 +234,7 @@ class ChannelGraph:
     def _alive(self, node: fx.Node, inputs: list[Tensor | None]) -> Tensor | None:
         """Which channels of a node's output may be other than constant; None: any."""
         module = self._module(node)
-        same = isinstance(module, (*PASSING, *ACTIVATIONS, *POOLS, nn.Flatten))
+        same = isinstance(module, (*PASSING, *ACTIVATIONS, nn.Flatten))
         if (same or _name(node) in ALIKE_FUNCTIONS) and len(inputs) == 1:
             return inputs[0]
         if _is_addition(node) and len(inputs) == 2:
@@ -241,7 +245,10 @@ class ChannelGraph:
 
     @cached_property
     def _needs_graph(self) -> bool:
-        return not all(self._runs_once(place.node) for place in self.places.values())
+        nodes = [place.node for place in self.places.values()]
+        if not all(self._runs_once(node) for node in nodes):
+            return True
+        return bool(held_elsewhere(self.model, {self._module(node) for node in nodes}))
 
     def _runs_once(self, node: fx.Node) -> bool:
         return node.op == "call_module" and self._runs[str(node.target)] == 1
@@ -285,7 +292,7 @@ class ChannelGraph:
         if self._is_layer(node):
             if self._runs_once(node):
                 yield depth, str(node.target)
-        elif isinstance(self._module(node), PASSING):
+        elif isinstance(self._module(node), PASSING) or _name(node) in POOL_FUNCTIONS:
             yield from self._sources(node.args[0], depth + 1, additions)
         elif _is_addition(node) and additions:
             for source in node.all_input_nodes:
@@ -302,9 +309,10 @@ class ChannelGraph:
             parts = [self._silent(source, additions - 1) for source in node.all_input_nodes]
             is_zero = len(parts) == 2 and all(zero for _names, zero in parts)
             return tuple(name for names, _zero in parts for name in names), is_zero
-        if not self._runs_once(node):
-            return (), False
         module, name = self._module(node), str(node.target)
+        if not self._runs_once(node):
+            passes = isinstance(module, STATELESS) or _name(node) in POOL_FUNCTIONS
+            return self._silent(node.args[0], additions) if passes else ((), False)
         if type(module) in LAYERS:
             return (name,), True
         if not isinstance(module, PASSING) or (isinstance(module, _BatchNorm) and module.weight is None):
@@ -338,20 +346,6 @@ def _trace(model: nn.Module) -> fx.Graph:
             f"{str(error).splitlines()[0] if str(error) else type(error).__name__}; "
             "granularity='weight' needs no graph"
         ) from error
-
-
-def module_of(model: nn.Module, node: Any) -> nn.Module | None:
-    """The module that the node of a graph calls, if that is what it does."""
-    if not isinstance(node, fx.Node) or node.op != "call_module":
-        return None
-    return model.get_submodule(str(node.target))
-
-
-def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Let the model's part of that name be another module, in the mode in which the old one was."""
-    parent, _, child = name.rpartition(".")
-    module.train(model.get_submodule(name).training)
-    setattr(model.get_submodule(parent), child, module)
 
 
 def _name(node: fx.Node) -> str:

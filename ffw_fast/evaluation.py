@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ffw_fast.copies import copy_of
 from ffw_fast.data.samples import EVALUATION_BATCH, Inputs, batches_of
-from ffw_fast.inputs import as_samples
+from ffw_fast.inputs import as_samples, check_device
 from ffw_fast.modes import evaluation_mode
 
 
@@ -81,6 +81,7 @@ def evaluate(
         raise ValueError(f"batch_size must be a whole number of at least 1, got {batch_size!r}")
     if not isinstance(model, nn.Module):
         raise TypeError(f"the model must be a torch.nn.Module, got {type(model).__name__}")
+    check_device(device)
     samples = as_samples(data, "data", num_bias_classes)
     logits = _logits(model, samples.x, batch_size, device)
     if samples.y.max() >= logits.shape[1]:

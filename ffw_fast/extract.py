@@ -14,7 +14,7 @@ from ffw_fast.data.datasets import reading_note
 from ffw_fast.distributed import processes
 from ffw_fast.extraction import Extraction
 from ffw_fast.files import digest
-from ffw_fast.inputs import prepare
+from ffw_fast.inputs import check_device, prepare
 from ffw_fast.loop import Loop
 from ffw_fast.modes import training_modes
 from ffw_fast.progress import Progress, make_progress
@@ -139,6 +139,7 @@ def extract(
         raise ValueError(f"batch_size must be at least the number of processes, {group.count}, got {batch_size}")
     if group.count > 1 and method != "ffw":
         raise ValueError(f"method {method!r} runs on one process, not on {group.count}; 'ffw' runs on several")
+    group.together(lambda: check_device(device))
     problem = group.together(lambda: prepare(model, train, val, settings))
     target = torch.device(device) if device is not None else next(model.parameters()).device
     on_target = problem.to(target)

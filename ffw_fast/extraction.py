@@ -4,6 +4,7 @@ import csv
 import io
 import os
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -26,6 +27,7 @@ MODEL = "model.safetensors"
 CONFIG = "config.json"
 METRICS = "metrics.json"
 HISTORY = "history.csv"
+HOLDS = "holds"  # what a file of tensors says of them
 
 
 @dataclass
@@ -145,6 +147,7 @@ class Extraction:
         if not isinstance(shape, list) or not all(isinstance(size, int) and size > 0 for size in shape):
             raise ValueError(f"{folder / CONFIG}: input_shape must be a list of positive integers, got {shape!r}")
         history, metrics = read_history(folder / HISTORY), read_json(folder / METRICS)
+        _check_complete(folder, history, metrics)
         found = cls(model, settings, scores, best_scores, history, metrics, tuple(shape))
         found._compare_with(folder / MODEL)
         return found
@@ -164,6 +167,14 @@ class Extraction:
                 f"{path}",
                 stacklevel=3,
             )
+
+
+def _check_complete(folder: Path, history: list[dict[str, Any]], metrics: dict[str, Any]) -> None:
+    """``ValueError`` where figures of a network or epochs are missing."""
+    if missing := [name for name in ("vanilla", "pruned", "best", "epochs") if name not in metrics]:
+        raise ValueError(f"{folder / METRICS} is damaged: it lacks {', '.join(missing)}")
+    if len(history) != metrics["epochs"]:
+        raise ValueError(f"{folder / HISTORY} has {len(history)} epochs and {METRICS} says {metrics['epochs']}")
 
 
 def gated_tensors(model: nn.Module, settings: Settings) -> dict[str, Tensor]:
@@ -194,11 +205,15 @@ def apply_masks(model: nn.Module, masks: dict[str, Tensor]) -> nn.Module:
     A weight that another module holds too, such as an embedding, stays there as it was: masks are of layers.
 
     Raises:
-        ValueError, TypeError: a layer that the model has not, a mask of another shape than its weight, or one that is
-            not boolean; nothing is changed.
+        ValueError, TypeError: no masks by name, a layer that the model has not, a mask that has another shape than its
+            weight or is not boolean; nothing is changed.
     """
+    if not isinstance(masks, Mapping):
+        raise TypeError(f"masks must map names of layers to tensors, got {type(masks).__name__}")
     layers = dict(model.named_modules())
     for name, mask in masks.items():
+        if not isinstance(mask, Tensor):
+            raise TypeError(f"the mask of {name!r} must be a tensor, got {type(mask).__name__}")
         weight = getattr(layers.get(name), "weight", None)
         if not isinstance(weight, Tensor):
             raise ValueError(f"masks: {type(model).__name__} has no layer {name!r} with a weight")
@@ -234,7 +249,7 @@ def sparsity(masks: dict[str, Tensor]) -> float:
 
 def save_scores(path: Path, scores: dict[str, Tensor]) -> None:
     """Write scores, or masks, by layer name."""
-    write_tensors(path, scores)
+    write_tensors(path, scores, {HOLDS: "scores"})
 
 
 def load_scores(path: Path, gated: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -257,7 +272,9 @@ def load_scores(path: Path, gated: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _read_scores(path: Path, check: ShapesCheck | None = None) -> dict[str, Tensor]:
-    scores, _ = read_tensors(path, check)
+    scores, texts = read_tensors(path, check)
+    if texts.get(HOLDS) != "scores":
+        raise ValueError(f"{path} does not hold scores; those are in {SCORES} and {BEST_SCORES}")
     for name, score in scores.items():
         if not score.is_floating_point():
             raise ValueError(f"{path}: the scores of {name!r} are {score.dtype}, expected a floating-point format")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ffw_fast.bottleneck import AtBottleneck, PastBottleneck, bottleneck_module, outputs_of
-from ffw_fast.channels import ChannelGraph, replace_module
+from ffw_fast.channels import ChannelGraph
 from ffw_fast.convolutions import lay_out_by_taps, use_cheapest_convolutions
 from ffw_fast.convolutions.tap_major import by_taps, put_taps
 from ffw_fast.copies import copy_of
@@ -19,6 +19,7 @@ from ffw_fast.distributed import Alone, GradientSum
 from ffw_fast.flat_gates import FlatGates, FlatLayout
 from ffw_fast.gates import GateKind
 from ffw_fast.modules import maskable_layers
+from ffw_fast.parts import replace_module
 from ffw_fast.simplify import simplified, split_before
 
 

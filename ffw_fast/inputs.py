@@ -11,6 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
 from ffw_fast.bottleneck import bottleneck_module
+from ffw_fast.copies import copy_of
 from ffw_fast.data.datasets import LAYOUTS, is_dataset, read_dataset
 from ffw_fast.data.pixels import Pixels
 from ffw_fast.data.samples import Inputs, Samples
@@ -44,6 +45,14 @@ class Problem:
     def to(self, device: torch.device) -> "Problem":
         """The same, with the sets on ``device``."""
         return replace(self, train=self.train.to(device), val=self.val.to(device))
+
+
+def check_device(device: torch.device | str | None) -> None:
+    """``ValueError`` for a device that PyTorch does not know or cannot compute on."""
+    try:
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # without PyTorch's advice to developers
+        raise ValueError(f"cannot run on device {str(device)!r}: {str(error).splitlines()[0]}") from error
 
 
 def prepare(model: nn.Module, train: Any, val: Any, settings: Settings) -> Problem:
@@ -95,6 +104,10 @@ def as_samples(data: Any, name: str, num_bias_classes: int | None) -> Samples:
             parts = ", ".join(type(part).__name__ for part in data)
             raise TypeError(f"{name} must be three tensors (x, y, b), got ({parts})")
         x, y, b = data
+        if any(isinstance(part, Tensor) and (part.layout != torch.strided or part.is_meta) for part in data):
+            raise TypeError(
+                f"{name}: x, y and b must be dense tensors with data, neither sparse nor on the meta device"
+            )
     elif is_dataset(data):
         # A DataLoader draws from the global generator: let it give the same order in every run. And PyTorch's default
         # device is where labels would be collated, beside inputs that come from the CPU.
@@ -185,6 +198,7 @@ def check_model(model: nn.Module, bottleneck: str, samples: Sequence[Samples]) -
             function each time, outputs that are not as expected, target labels outside of the logits' classes.
     """
     x = samples[0].x[:2].to(next(iter(maskable_layers(model).values())).weight.device)
+    model = copy_of(model)  # whose buffers a forward pass may change
     seen: list[tuple[Any, int]] = []
     handle = bottleneck_module(model, bottleneck).register_forward_hook(
         lambda _module, _inputs, output: seen.append((output, _version(output)))

@@ -136,6 +136,7 @@ class Loop:
             vanilla = self._measure(self.heads, sparsity=0.0)
         self.vanilla_heads = self.heads.with_fresh_optimizer()
         self.metrics["vanilla"] = {**vanilla.as_dict(), "weight_sparsity": 0.0}
+        self._warn(cautions.of_layers(self.dense_model))
         self._warn(cautions.of_vanilla(vanilla, self.val.y, self.val.b))
         self.seconds += time.perf_counter() - started
 

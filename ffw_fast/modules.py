@@ -3,6 +3,7 @@
 import copy
 import fnmatch
 import math
+import numbers
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Self
 
@@ -13,9 +14,10 @@ from torch.nn.utils import parametrize
 
 from ffw_fast import philox
 from ffw_fast.autograd import GatedConv2d, GatedLinear, GateWeight
-from ffw_fast.channels import ChannelGraph, ChannelMask, replace_module
+from ffw_fast.channels import ChannelGraph, ChannelMask
 from ffw_fast.fusion import fuses
 from ffw_fast.gates import gate_kind
+from ffw_fast.parts import held_elsewhere, replace_module
 
 FLAT_ALIGNMENT = 16  # elements; each layer's gates start at such a multiple in the network's flat list of gates
 GATED_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -292,7 +294,21 @@ def _chosen(names: list[str], include: LayerFilter) -> set[str]:
 def _why_none(model: nn.Module, found: dict[str, nn.Module]) -> str:
     if found:
         return " of the given names"
-    return " that is not masked already" if masked_layers(model) else ""
+    if masked_layers(model):
+        return " that is not masked already"
+    if others := ungated_subclasses(model):
+        return f", only subclasses, which may use their weight in a way of their own: {', '.join(others)}"
+    return ""
+
+
+def ungated_subclasses(model: nn.Module) -> list[str]:
+    """Names and classes of what is a Conv or Linear layer by inheritance alone, and so is never gated."""
+    gated = {name for name, _layer in _dense_layers(model)}
+    return [
+        f"{name!r} ({type(layer).__name__})"
+        for name, layer in model.named_modules()
+        if isinstance(layer, tuple(MASKED_CLASSES)) and name not in gated
+    ]
 
 
 def _dense_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -372,6 +388,7 @@ def mask_model(
     if granularity == "channel":
         return _gate_channels(model, gate, include, seed)
     layers = maskable_layers(model, include)
+    _check_tree(model, layers)
     scores = [layer.scores for layer in masked_layers(model).values()]
     offsets = flat_offsets(weight.numel() for weight in (*scores, *(layer.weight for layer in layers.values())))
     replacements: dict[nn.Module, nn.Module] = {}
@@ -389,6 +406,17 @@ def mask_model(
                 parent._modules[name] = replacements[child]
     _leave_fast_paths(model)
     return replacements.get(model, model)
+
+
+def _check_tree(model: nn.Module, layers: dict[str, DenseLayer]) -> None:
+    """Refuse layers that the model's code may reach past the model's tree, where they would stay dense."""
+    held = held_elsewhere(model, set(layers.values()))
+    for name, layer in layers.items():
+        if layer in held:
+            raise ValueError(
+                f"layer {name!r} is held by the attribute {held[layer]} too, through which it would be called without "
+                "gates: keep layers in nn.ModuleList or nn.ModuleDict, or leave this one out with `include`"
+            )
 
 
 def _gate_channels(model: nn.Module, gate: str, include: LayerFilter, seed: int) -> nn.Module:
@@ -433,7 +461,13 @@ def check_granularity(granularity: str) -> None:
 
 
 def masked_layers(model: nn.Module) -> dict[str, MaskedLayer]:
-    """Name -> masked layer of everything that is masked in the model (``""`` for the model itself)."""
+    """Name -> masked layer of everything that is masked in the model (``""`` for the model itself).
+
+    Raises:
+        TypeError: the model is no module.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"the model must be a torch.nn.Module, got {type(model).__name__}")
     return {name: layer for name, layer in model.named_modules() if isinstance(layer, MaskedLayer)}
 
 
@@ -449,7 +483,10 @@ def set_temperature(module: nn.Module, temperature: float) -> None:
 
     Raises:
         ValueError: the temperature is not a positive number that float32 holds in full precision, or nothing is masked.
+        TypeError: it is no number, or the module is none.
     """
+    if not isinstance(temperature, numbers.Real | Tensor):
+        raise TypeError(f"the temperature must be a number, got {type(temperature).__name__}")
     temperature = float(temperature)
     if not FLOAT32.tiny <= temperature <= FLOAT32.max:
         raise ValueError(f"the temperature must be from {FLOAT32.tiny:.3g} to {FLOAT32.max:.3g}, got {temperature}")

@@ -26,7 +26,11 @@ def mutual_information(logits: Tensor, labels: Tensor, num_classes: int) -> Tens
 
     Raises:
         ValueError: an empty batch, wrong shapes or dtype, or a label outside [0, K).
+        TypeError: logits or labels are no tensors.
     """
+    for name, value in (("logits", logits), ("labels", labels)):
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
     if num_classes < 2:
         raise ValueError(f"num_classes must be at least 2, got {num_classes}")
     if logits.dim() != 2 or logits.shape[1] != num_classes or not logits.is_floating_point():

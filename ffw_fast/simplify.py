@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ffw_fast.channels import module_of, replace_module
 from ffw_fast.modules import MASKED_CLASSES
+from ffw_fast.parts import module_of, replace_module
 from ffw_fast.precision import full_float32
 from ffw_fast.tanh import FastTanh, use_fast_tanh
 

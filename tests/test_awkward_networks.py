@@ -90,6 +90,24 @@ def test_a_network_that_overwrites_its_input(make, granularity):
     assert all(torch.equal(x, before) for (x, *_), before in zip((TRAIN, VAL), kept, strict=True))
 
 
+class Clipped(Functions):
+    """Overwrites its input where that is large, and is no function of it that could be traced."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.max() > 8:
+            x.mul_(8 / x.max())
+        return super().forward(x)
+
+
+def test_a_network_that_overwrites_some_batches_only():
+    x, y, b = samples(700, 3)
+    x[600] = 9
+    kept, model = x.clone(), Clipped()
+    assert len({evaluate(model, (x, y, b)).average for _ in range(2)}) == 1
+    found_in(model, (x, y, b), bottleneck="last").finetune((x, y, b), VAL, epochs=1)
+    assert torch.equal(x, kept)
+
+
 @pytest.mark.parametrize("activation", [nn.SiLU, nn.LeakyReLU, nn.ELU, nn.Hardswish])
 def test_channel_gates_behind_a_non_linearity_that_works_in_place(activation):
     model = perceptron(hidden=activation(inplace=True))
@@ -265,6 +283,68 @@ def test_evaluation_ends_in_the_mode_of_before_by_the_model_s_own_means():
     evaluate(model, VAL)
     found_in(model, bottleneck="last")
     assert model.training and not model.merged
+
+
+class Listed(Functions):
+    """Reaches its layers past its children."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.steps = [self.first, self.relu, (self.second.forward, {"last": self.last})]
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, relu, (second, others) = self.steps
+        return self.classifier(others["last"](second(relu(first(x.flatten(1))))))
+
+
+@pytest.mark.parametrize("granularity", ["weight", "channel"])
+def test_a_network_that_keeps_its_layers_in_a_list(granularity):
+    model = Listed()
+    assert_held_to_the_reference(model, bottleneck="last", granularity=granularity)
+    found = found_in(model, bottleneck="last", granularity=granularity)
+    for scores in found.scores.values():
+        scores.fill_(-1)
+    logits = found.model()(VAL[0])
+    assert torch.equal(logits, logits[:1].expand_as(logits)), "all gates are shut"
+
+
+def test_masked_layers_cannot_take_the_place_of_listed_ones():
+    with pytest.raises(ValueError, match=r"layer 'first' is held by the attribute Listed\.steps too"):
+        mask_model(Listed())
+    masked = mask_model(Listed(), granularity="channel")
+    for scores in masked.parameters():
+        if scores.requires_grad:
+            scores.data.fill_(-1e3)
+    logits = masked(VAL[0])
+    torch.testing.assert_close(logits, logits[:1].expand_as(logits))
+
+
+class Counting(Functions):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return super().forward(x)
+
+
+def test_buffers_that_a_forward_pass_changes_stay_as_they_were():
+    model = Counting()
+    found_in(model, bottleneck="last")
+    assert model.calls == 0
+
+
+class OwnLinear(nn.Linear):
+    pass
+
+
+def test_layers_of_a_class_of_their_own_are_pointed_out():
+    model = perceptron(OwnLinear(64, 64))
+    found = found_in(model, bottleneck="last")
+    assert any("layers '1' (OwnLinear) have no gates and keep all weights" in text for text in found.warnings)
+    with pytest.raises(ValueError, match=r"no Conv or Linear layer, only subclasses.*: '0' \(OwnLinear\)"):
+        mask_model(nn.Sequential(OwnLinear(2, 2)))
 
 
 def test_fine_tuning_leaves_no_hooks_and_the_flags_as_they_were():

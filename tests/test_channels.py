@@ -75,12 +75,28 @@ class PreActivation(nn.Module):
         return self.fc(self.flatten(self.pool(self.relu2(self.bn2(x)))))
 
 
+class Pooled(nn.Module):
+    """Pools between layers and their non-linearities: a module that runs twice, and a function."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.relu1, self.pool = nn.Conv2d(3, 5, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)
+        self.conv2, self.norm, self.relu2 = nn.Conv2d(5, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU()
+        self.conv3, self.relu3, self.flatten, self.fc = nn.Conv2d(6, 7, 1), nn.ReLU(), nn.Flatten(), nn.Linear(7, 4)
+
+    def forward(self, x):
+        x = self.relu1(self.pool(self.conv1(x)))
+        x = self.relu2(self.pool(self.norm(self.conv2(x))))
+        return self.fc(self.flatten(self.relu3(torch.nn.functional.adaptive_avg_pool2d(self.conv3(x), 1))))
+
+
 NETWORKS = {
     "mlp": lambda: MLP(3 * 8 * 8, 12, 4),
     "simple": lambda: SimpleConvNet(4),
     "residual": Residual,
     "functional": Functional,
     "pre-activation": PreActivation,
+    "pooled": Pooled,
 }
 
 
@@ -183,7 +199,7 @@ def test_the_pruned_network_computes_what_the_gated_one_does(name, seed, share):
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
-@pytest.mark.parametrize("name", ["mlp", "simple", "pre-activation"])
+@pytest.mark.parametrize("name", ["mlp", "simple", "pre-activation", "pooled"])
 def test_zeros_suffice_where_nothing_else_enters(name):
     model = make(name)
     graph = ChannelGraph(model)

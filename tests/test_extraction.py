@@ -133,7 +133,7 @@ def test_the_pruned_network_can_be_loaded_without_this_package(found, folder):
 
 def test_saving_again_replaces(found, folder):
     again = copy.copy(found)
-    again.history = found.history[:1]
+    again.history, again.metrics = found.history[:1], {**found.metrics, "epochs": 1}
     again.save(folder)
     assert len(Extraction.load(folder, found.dense_model).history) == 1
     assert sorted(path.name for path in folder.iterdir()) == sorted(WRITTEN)
@@ -249,6 +249,22 @@ def test_bad_history_on_disk(found, folder, content):
         Extraction.load(folder, found.dense_model)
 
 
+@pytest.mark.parametrize("keep", [0, 1, 2])
+def test_a_history_that_lost_its_end(found, folder, keep):
+    lines = (folder / files.HISTORY).read_text().splitlines(keepends=True)
+    (folder / files.HISTORY).write_text("".join(lines[:keep]))
+    with pytest.raises(ValueError, match=rf"history.csv has {max(0, keep - 1)} epochs and metrics.json says 4"):
+        Extraction.load(folder, found.dense_model)
+
+
+def test_metrics_without_a_network(found, folder):
+    metrics = files.read_json(folder / files.METRICS)
+    del metrics["best"]
+    files.write_json(folder / files.METRICS, metrics)
+    with pytest.raises(ValueError, match=r"metrics.json is damaged: it lacks best"):
+        Extraction.load(folder, found.dense_model)
+
+
 @pytest.fixture(scope="module")
 def intact(found, tmp_path_factory):
     """A folder, and what its files hold while they are whole."""
@@ -361,6 +377,7 @@ def test_masks_from_disk_prune_any_copy_of_the_network(found, folder):
         ({"relu": torch.ones(8, dtype=torch.bool)}, "Sequential has no layer 'relu' with a weight"),
         ({"fc1": torch.ones(6, 8, dtype=torch.bool)}, r"mask of 'fc1' has shape \(6, 8\), expected \(8, 6\)"),
         ({"fc1": torch.ones(8, 6)}, r"mask of 'fc1' must be boolean, got torch\.float32"),
+        ({"fc1": [True]}, "mask of 'fc1' must be a tensor, got list"),
     ],
 )
 def test_masks_of_another_network_are_refused(masks, message):
@@ -371,8 +388,12 @@ def test_masks_of_another_network_are_refused(masks, message):
     assert model.classifier.weight.any(), "nothing was pruned"
 
 
-def test_masks_that_are_no_scores_are_refused(tmp_path):
-    files.write_tensors(tmp_path / "masks.safetensors", {"fc1": torch.ones(2, dtype=torch.int64)})
+def test_masks_that_are_no_scores_are_refused(found, folder, tmp_path):
+    with pytest.raises(ValueError, match=r"does not hold scores; those are in scores\.safetensors"):
+        load_masks(folder / files.MODEL)
+    with pytest.raises(TypeError, match="must map names of layers to tensors, got NoneType"):
+        apply_masks(found.model(), None)
+    files.save_scores(tmp_path / "masks.safetensors", {"fc1": torch.ones(2, dtype=torch.int64)})
     with pytest.raises(ValueError, match=r"the scores of 'fc1' are torch\.int64"):
         load_masks(tmp_path / "masks.safetensors")
     (tmp_path / "masks.safetensors").write_bytes(b"no tensors")

@@ -250,6 +250,8 @@ INF[3, 0] = -float("inf")
         ((X, Y, B.double()), TypeError, "train: b must hold integers, got torch.float64"),
         ((X, Y.bool(), B), TypeError, "train: y must hold integers, got torch.bool"),
         ((X, Y, B.to(torch.complex64)), TypeError, "train: b must hold integers, got torch.complex64"),
+        ((X.to_sparse(), Y, B), TypeError, "train: x, y and b must be dense tensors"),
+        ((X, Y, B.to("meta")), TypeError, "train: x, y and b must be dense tensors"),
         ((X[:0], Y[:0], B[:0]), ValueError, r"train is empty: x has shape \(0, 6\)"),
         ((X[:, :0], Y, B), ValueError, r"train is empty: x has shape \(8, 0\)"),
         ((X[0, 0], Y, B), ValueError, r"train: x must have shape \(n, ...\), got \(\)"),
@@ -277,7 +279,18 @@ INF[3, 0] = -float("inf")
         (Items((X, Y, B), lambda index, x, y, b: (x, y)), ValueError, r"train yields \(x, y\) without a bias"),
         (Items((X, Y, B), lambda index, x, y, b: (x, (y,))), ValueError, "train yields no bias label"),
         (Items((X, Y, B), lambda index, x, y, b: (x, y, y + 0.5)), TypeError, "train: b must hold integers"),
+        (
+            Items((X, Y, B), lambda index, x, y, b: (x, "cat", b)),
+            TypeError,
+            "train: y must be a tensor or numbers, got",
+        ),
+        (Items((X, Y, B), lambda index, x, y, b: (x[: 6 - index], y, b)), ValueError, "train: samples differ in shape"),
         (DataLoader(Items((X, Y, B)), batch_size=None), ValueError, "train yields single samples .* batch_size"),
+        (
+            DataLoader(TensorDataset(X, Y, B[:, 0]), batch_size=None),
+            ValueError,
+            "train yields single samples .* batch_",
+        ),
         (DataLoader(Items((X, Y, B)), batch_size=3, drop_last=True), ValueError, "train drops its last samples"),
         (DataLoader(Stream((X, Y, B)), batch_size=3, drop_last=True), ValueError, "train drops its last samples"),
         (

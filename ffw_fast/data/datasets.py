@@ -2,7 +2,7 @@
 
 import copy
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import chain, islice
 from operator import length_hint
@@ -136,8 +136,8 @@ def _sample_bytes(loader: DataLoader, index: Any, name: str) -> int:
 def _keep(loader: DataLoader, name: str, least: int | None = 1) -> tuple[Tensor, Tensor, Tensor]:
     """All that a loader yields, in batches of at least so many samples."""
     parts, size, budget = [], 0, memory_budget()
-    for item in loader:
-        x, y, b = _parsed_batch(item, name)
+    for item in _items(loader, name):
+        x, y, b = _parse(item, name)
         if len(y) < (least or 1):
             raise _drops(name)
         parts.append((x, y, b))
@@ -161,8 +161,8 @@ def _stream(loader: DataLoader, chosen: Sequence[Any], name: str, augments: bool
         raise TypeError(f"{name} is streamed, which needs samples that are numbered by integers")
     indices, fingerprint = torch.tensor(chosen), hashlib.blake2b(digest_size=16)
     shapes, labels, dtype = [], [], torch.float32
-    for item in read_batches(loader, indices, READING_BATCH, seeded=augments):
-        x, y, b = _parsed_batch(item, name)
+    for item in _items(read_batches(loader, indices, READING_BATCH, seeded=augments), name):
+        x, y, b = _parse(item, name)
         labels.append((y, b))
         shapes.append((tuple(x.shape[1:]), tuple(b.shape[1:])))
         for label, given, first in zip("xb", shapes[-1], shapes[0], strict=True):
@@ -187,11 +187,15 @@ def _stream(loader: DataLoader, chosen: Sequence[Any], name: str, augments: bool
     return stream, y, b
 
 
-def _parsed_batch(item: Any, name: str) -> tuple[Tensor, Tensor, Tensor]:
-    x, y, b = _parse(item, name)
-    if y.dim() == 0:
-        raise ValueError(f"{name} yields single samples instead of batches; give its DataLoader a batch_size")
-    return x, y, b
+def _items(batches: Iterable[Any], name: str) -> Iterator[Any]:
+    """The batches; where reading or collating them fails, the error says of which set."""
+    try:
+        yield from batches
+    except Exception as error:  # whatever the user's own code raises
+        error.add_note(f"while {name} was read")
+        if isinstance(error, RuntimeError) and "stack expects each tensor" in str(error):
+            raise ValueError(f"{name}: samples differ in shape: {error}") from error
+        raise
 
 
 def _check_shape(given: tuple[int, ...], first: tuple[int, ...], label: str, name: str) -> None:
@@ -213,7 +217,17 @@ def _parse(item: Any, name: str, batched: bool = True) -> tuple[Tensor, Tensor, 
         _index, x, y, *biases = item
     if not biases:
         raise ValueError(f"{name} yields no bias label: expected {LAYOUTS}")
-    columns = [torch.as_tensor(bias) for bias in biases]
+    x, y = _as_tensor(x, "x", name), _as_tensor(y, "y", name)
+    columns = [_as_tensor(bias, "b", name) for bias in biases]
     width = 1 if batched else 0
+    if batched and (y.dim() == 0 or any(column.dim() == 0 for column in columns)):
+        raise ValueError(f"{name} yields single samples instead of batches; give its DataLoader a batch_size")
     columns = [column.unsqueeze(-1) if column.dim() == width else column for column in columns]
-    return torch.as_tensor(x), torch.as_tensor(y), torch.cat(columns, dim=-1)
+    return x, y, torch.cat(columns, dim=-1)
+
+
+def _as_tensor(value: Any, label: str, name: str) -> Tensor:
+    try:
+        return torch.as_tensor(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"{name}: {label} must be a tensor or numbers, got {type(value).__name__}") from error

@@ -65,25 +65,9 @@ class Samples(NamedTuple):
 
 
 def batches_of(x: Inputs, size: int) -> Iterator[Tensor]:
-    """Batches of one pass over the inputs, for a network that may overwrite what it is given.
-
-    Those of a tensor lie in its memory: the first is a copy, and the others are where the first was overwritten.
-    """
-    if not isinstance(x, Tensor):
-        yield from x.split(size)
-        return
-    first, *rest = x.split(size)
-    first = first.clone()
-    given = _changes(first)
-    yield first
-    copies = _changes(first) != given or first.is_inference()
-    for batch in rest:
-        yield batch.clone() if copies else batch
-
-
-def _changes(tensor: Tensor) -> int:
-    """How often it was changed in place, where PyTorch counts that."""
-    return 0 if tensor.is_inference() else tensor._version
+    """Batches of one pass over the inputs, each in memory of its own: a network may overwrite what it is given."""
+    batches = x.split(size)
+    yield from (batch.clone() for batch in batches) if isinstance(x, Tensor) else batches
 
 
 def part_of(x: Inputs, rows: slice) -> Inputs:

@@ -9,10 +9,11 @@ from torch import Tensor, nn
 from ffw_fast.data.samples import Splits
 from ffw_fast.distributed import Alone
 from ffw_fast.files import digest, read_json, read_tensors, write_json, write_tensors
+from ffw_fast.inputs import check_device
 from ffw_fast.progress import Progress
 from ffw_fast.run_lock import locked
 from ffw_fast.run_state import RunState
-from ffw_fast.runs.request import Request, check_device, vanilla_identity, vanilla_options
+from ffw_fast.runs.request import Request, vanilla_identity, vanilla_options
 from ffw_fast.runs.writing import (
     STAGING,
     VANILLA,

@@ -118,11 +118,3 @@ def vanilla_identity(request: Request) -> dict[str, Any]:
         "recipe": recipe_as_json(request.recipe),
         "precision": request.settings.precision,
     }
-
-
-def check_device(device: str | None) -> None:
-    """``ValueError`` for a device that PyTorch does not know or cannot compute on."""
-    try:
-        torch.zeros(1, device=device).item()
-    except (RuntimeError, AssertionError) as error:  # PyTorch's own wording, without its advice to developers
-        raise ValueError(f"cannot run on device {device!r}: {str(error).splitlines()[0]}") from error

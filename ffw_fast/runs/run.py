@@ -19,13 +19,14 @@ from ffw_fast.distributed import Alone, processes
 from ffw_fast.extract import extract
 from ffw_fast.extraction import CONFIG, METRICS, Extraction, sparsity, weight_sparsity
 from ffw_fast.files import read_json, write_json
+from ffw_fast.inputs import check_device
 from ffw_fast.interrupts import Terminated
 from ffw_fast.leakage import leakage
 from ffw_fast.progress import Progress
 from ffw_fast.run_lock import locked
 from ffw_fast.run_state import CHECKPOINT
 from ffw_fast.runs.biased_network import shared_vanilla
-from ffw_fast.runs.request import Request, check_device, config_of
+from ffw_fast.runs.request import Request, config_of
 from ffw_fast.runs.writing import (
     check_folder,
     check_own,

@@ -1,0 +1,53 @@
+"""Parts of a model: which one a graph calls, another one in its place, and those reached past the model's tree."""
+
+from collections.abc import Collection, Iterator
+from types import MethodType
+from typing import Any
+
+from torch import fx, nn
+
+OF_EVERY_MODULE = frozenset(vars(nn.Module()))  # its own attributes, ``_modules`` and hooks among them
+
+
+def module_of(model: nn.Module, node: Any) -> nn.Module | None:
+    """The module that the node of a graph calls, if that is what it does."""
+    if not isinstance(node, fx.Node) or node.op != "call_module":
+        return None
+    return model.get_submodule(str(node.target))
+
+
+def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Let the model's part of that name be another module, in the mode in which the old one was."""
+    parent, _, child = name.rpartition(".")
+    module.train(model.get_submodule(name).training)
+    setattr(model.get_submodule(parent), child, module)
+
+
+def held_elsewhere(model: nn.Module, parts: Collection[nn.Module]) -> dict[nn.Module, str]:
+    """Those of the parts that a plain attribute holds too (a list, a dict, a bound method), and which attribute.
+
+    Code that reaches them there would not see what takes their place in the model.
+    """
+    return {
+        part: f"{type(owner).__name__}.{name}"
+        for owner in model.modules()
+        for name, value in vars(owner).items()
+        if name not in OF_EVERY_MODULE
+        for part in _modules_in(value, set())
+        if part in parts
+    }
+
+
+def _modules_in(value: Any, seen: set[int]) -> Iterator[nn.Module]:
+    if id(value) in seen:
+        return
+    seen.add(id(value))
+    if isinstance(value, nn.Module):
+        yield value
+    elif isinstance(value, MethodType):
+        yield from _modules_in(value.__self__, seen)
+    elif isinstance(value, dict):
+        yield from _modules_in(list(value.values()), seen)
+    elif isinstance(value, list | tuple | set | frozenset):
+        for part in value:
+            yield from _modules_in(part, seen)
