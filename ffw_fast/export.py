@@ -1,5 +1,6 @@
 """A network as a file that runs without its Python code: a ``torch.export`` program or ONNX, checked after writing."""
 
+import io
 import logging
 import os
 import warnings
@@ -75,7 +76,9 @@ def _program(model: nn.Module, example: Tensor) -> ExportedProgram:
 
 def _torch_export() -> tuple[Write, Run]:
     def write(model: nn.Module, example: Tensor, path: Path) -> None:
-        torch.export.save(_program(model, example), path)
+        program = io.BytesIO()  # PyTorch's own writer ends the process where a disk is full
+        torch.export.save(_program(model, example), program)
+        path.write_bytes(program.getbuffer())
 
     def run(path: Path, x: Tensor) -> Tensor:
         return torch.export.load(path).module()(x)

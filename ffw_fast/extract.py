@@ -1,7 +1,7 @@
 """The public entry ``extract``: finds the unbiased sub-network of a biased network."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -113,37 +113,64 @@ def extract(
         MemoryError: out of memory; at which batch size.
         BlockingIOError: another run uses the run folder.
     """
-    settings = Settings.of(
-        bottleneck=bottleneck,
-        num_bias_classes=num_bias_classes,
-        method=method,
-        gamma=gamma,
-        alpha=alpha,
-        gate=gate,
-        granularity=granularity,
-        schedule=schedule,
-        anneal_rate=anneal_rate,
-        max_epochs=max_epochs,
-        batch_size=batch_size,
-        seed=seed,
-        precision=precision,
-        where=where,
-        correlations=correlations,
-        aligned=aligned,
-        cache_augmented=cache_augmented,
+    return extract_by(
+        model,
+        train,
+        val,
+        Settings.of(
+            bottleneck=bottleneck,
+            num_bias_classes=num_bias_classes,
+            method=method,
+            gamma=gamma,
+            alpha=alpha,
+            gate=gate,
+            granularity=granularity,
+            schedule=schedule,
+            anneal_rate=anneal_rate,
+            max_epochs=max_epochs,
+            batch_size=batch_size,
+            seed=seed,
+            precision=precision,
+            where=where,
+            correlations=correlations,
+            aligned=aligned,
+            cache_augmented=cache_augmented,
+        ),
+        device=device,
+        run_dir=run_dir,
+        resume=resume,
+        shard=shard,
+        progress=progress,
     )
+
+
+def extract_by(
+    model: nn.Module,
+    train: Any,
+    val: Any,
+    settings: Settings,
+    *,
+    device: torch.device | str | None = None,
+    run_dir: str | os.PathLike[str] | None = None,
+    resume: bool = False,
+    shard: bool = False,
+    progress: bool | Progress = True,
+    begin: Callable[[], None] = lambda: None,
+) -> Extraction:
+    """The same by settings that were checked already; ``begin`` as for ``RunState``."""
     if resume and run_dir is None:
         raise ValueError("resume needs run_dir, the folder that holds the checkpoint")
     group = processes(shard)
-    if batch_size < group.count:
-        raise ValueError(f"batch_size must be at least the number of processes, {group.count}, got {batch_size}")
-    if group.count > 1 and method != "ffw":
-        raise ValueError(f"method {method!r} runs on one process, not on {group.count}; 'ffw' runs on several")
+    if (size := settings.batch_size) < group.count:
+        raise ValueError(f"batch_size must be at least the number of processes, {group.count}, got {size}")
+    is_ffw = settings.method == "ffw"
+    if group.count > 1 and not is_ffw:
+        raise ValueError(f"method {settings.method!r} runs on one process, not on {group.count}; 'ffw' runs on several")
     group.together(lambda: check_device(device))
     problem = group.together(lambda: prepare(model, train, val, settings))
     target = torch.device(device) if device is not None else next(model.parameters()).device
     on_target = problem.to(target)
-    loop = Loop(on_target, group) if method == "ffw" else BiseLoop(on_target, selects=val is not None)
+    loop = Loop(on_target, group) if is_ffw else BiseLoop(on_target, selects=val is not None)
     if group.rank > 0:  # the first process writes and shows for all
         run_dir, resume, progress = None, False, False
     with make_progress(progress) as shown:
@@ -156,7 +183,7 @@ def extract(
             "data": digest(*loop.train.identity(), *loop.val.identity()),
         }
         group.check_same({**identity, **computing(target), "max_epochs": settings.max_epochs, "shard": shard})
-        with group.together(lambda: RunState(run_dir, identity, resume)) as state:
+        with group.together(lambda: RunState(run_dir, identity, resume, begin=begin)) as state:
             loop.run(state, shown)
     return loop.extraction(model)
 

@@ -4,8 +4,9 @@ import csv
 import io
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -27,7 +28,6 @@ MODEL = "model.safetensors"
 CONFIG = "config.json"
 METRICS = "metrics.json"
 HISTORY = "history.csv"
-HOLDS = "holds"  # what a file of tensors says of them
 
 
 @dataclass
@@ -239,7 +239,15 @@ def load_masks(path: str | os.PathLike[str]) -> dict[str, Tensor]:
         FileNotFoundError: the file is missing.
         ValueError: the file is damaged, or what it holds are no scores, or NaN.
     """
-    return masks_of(_read_scores(Path(path)))
+    return masks_of(_read_scores(Path(path), partial(_check_layers_names, path)))
+
+
+def _check_layers_names(path: Any, shapes: Iterable[str]) -> None:
+    """Scores have the names of layers, a network's weights those of its parameters."""
+    if weights := [name for name in shapes if name.endswith(".weight")]:
+        raise ValueError(
+            f"{path} holds a network's {weights[0]!r}, and no scores; those are in {SCORES} and {BEST_SCORES}"
+        )
 
 
 def sparsity(masks: dict[str, Tensor]) -> float:
@@ -249,7 +257,7 @@ def sparsity(masks: dict[str, Tensor]) -> float:
 
 def save_scores(path: Path, scores: dict[str, Tensor]) -> None:
     """Write scores, or masks, by layer name."""
-    write_tensors(path, scores, {HOLDS: "scores"})
+    write_tensors(path, scores)
 
 
 def load_scores(path: Path, gated: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -272,9 +280,7 @@ def load_scores(path: Path, gated: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _read_scores(path: Path, check: ShapesCheck | None = None) -> dict[str, Tensor]:
-    scores, texts = read_tensors(path, check)
-    if texts.get(HOLDS) != "scores":
-        raise ValueError(f"{path} does not hold scores; those are in {SCORES} and {BEST_SCORES}")
+    scores, _ = read_tensors(path, check)
     for name, score in scores.items():
         if not score.is_floating_point():
             raise ValueError(f"{path}: the scores of {name!r} are {score.dtype}, expected a floating-point format")

@@ -35,7 +35,7 @@ def written_whole(path: Path) -> Iterator[Path]:
     What was written is on the disk, its name included, before the old file is let go.
 
     Raises:
-        OSError: it cannot be written; the temporary file is removed.
+        OSError: it cannot be written, with its path; the temporary file is removed.
     """
     temporary = path.with_name(f"{path.name}{TEMPORARY}")
     try:
@@ -43,9 +43,11 @@ def written_whole(path: Path) -> Iterator[Path]:
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
         temporary.replace(path)
-    except BaseException:
+    except BaseException as error:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename is None and error.errno is not None:
+            raise type(error)(error.errno, error.strerror, str(path)) from error
         raise
     sync_folder(path.parent)
 

@@ -5,7 +5,7 @@ import importlib.util
 import os
 import sys
 import tomllib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -195,14 +195,17 @@ def _splits(made: Any, name: str, num_bias_classes: int) -> Splits:
     return Splits(None, train, val, test[0] if test else val)
 
 
-def options_in_file(path: Path) -> list[str]:
+def options_in_file(path: Path, flags_of: Callable[[str], Collection[str]]) -> list[str]:
     """The command line that a TOML file stands for: the workload, by default ``own``, and its options.
 
-    ``gamma = 3`` is ``--gamma 3``, ``bias-names = ["left", "right"]`` is ``--bias-names left right``, and ``true`` and
-    ``false`` are ``--name`` and ``--no-name``.
+    ``gamma = 3`` is ``--gamma 3``, ``bias-names = ["left", "right"]`` is ``--bias-names left right``, and ``true`` is
+    ``--name``; ``false`` is ``--no-name`` where there is such an option, and elsewhere as if it were left out.
+
+    Args:
+        flags_of: the options of a workload, as ``--gamma``.
 
     Raises:
-        FileNotFoundError, ValueError: the file is missing or damaged, or holds tables.
+        FileNotFoundError, ValueError: the file is missing or damaged, or holds tables, empty texts or unknown options.
     """
     try:
         content = tomllib.loads(path.read_text())
@@ -210,13 +213,19 @@ def options_in_file(path: Path) -> list[str]:
         raise FileNotFoundError(f"{path}: no such file of options") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is no TOML: {error}") from error
-    arguments = [str(content.pop("workload", NAME))]
+    workload = str(content.pop("workload", NAME))
+    known, arguments = flags_of(workload), [workload]
     for key, value in content.items():
         flag = key.replace("_", "-")
         if isinstance(value, Mapping):
             raise ValueError(f"{path}: expected options such as gamma = 3, got a table [{key}]")
+        if known and f"--{flag}" not in known:
+            raise ValueError(f"{path}: {workload} has no option {key!r}; it has {', '.join(sorted(known))}")
+        if value == "":
+            raise ValueError(f"{path}: {key} is empty")
         if isinstance(value, bool):
-            arguments.append(f"--{flag}" if value else f"--no-{flag}")
+            chosen = f"--{flag}" if value else f"--no-{flag}"
+            arguments += [chosen] if chosen in known or not known else []
         elif isinstance(value, list):
             arguments += [f"--{flag}", *map(str, value)]
         else:

@@ -4,6 +4,7 @@ import json
 import os
 import sys
 import time
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Self, TextIO
@@ -68,8 +69,11 @@ class EpochLines(Progress):
 
     def epoch(self, row: dict[str, Any]) -> None:
         self._shown.epoch(row)
-        with self._file.open("a") as file:
-            print(json.dumps(row), file=file)
+        try:
+            with self._file.open("a") as file:
+                print(json.dumps(row), file=file)
+        except OSError as error:  # as with checkpoints, the run goes on
+            warnings.warn(f"epoch {row['epoch']} could not be appended to {self._file}: {error}", stacklevel=2)
 
 
 class StageClock:

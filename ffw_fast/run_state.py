@@ -7,7 +7,7 @@ import json
 import os
 import time
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,6 +91,7 @@ class RunState:
         identity: what a checkpoint must agree with to be continued: settings and a digest of the model's weights.
         resume: whether to continue from a checkpoint that is there.
         files: what the checkpoints are called.
+        begin: called before the first checkpoint of a run that is begun anew takes the place of what is there.
 
     Raises:
         OSError: the folder cannot be written. BlockingIOError, by ``with``: another run uses it.
@@ -102,6 +103,7 @@ class RunState:
         identity: dict[str, Any],
         resume: bool,
         files: Checkpoints = EXTRACTION,
+        begin: Callable[[], None] = lambda: None,
     ) -> None:
         if resume and run_dir is None:
             raise ValueError("resume needs run_dir, the folder that holds the checkpoint")
@@ -110,6 +112,7 @@ class RunState:
         self._identity = {"format": FORMAT, "version": __version__, **identity}
         self._resume = resume
         self._files = files
+        self._begin = begin
         self._is_own = False  # whether the newest checkpoint in the folder is of this run
         self._is_written = True  # whether it is of the last state
         self._written_at, self._write_seconds = 0.0, 0.0
@@ -198,6 +201,8 @@ class RunState:
         texts = {"record": self.last.record, "identity": json.dumps(self._identity)}
         try:
             write_tensors(arriving, self.last.tensors, texts)
+            if not self._is_own:
+                self._begin()
             if self._is_own and newest.exists():  # it is not where a write before this one was cut off just below
                 newest.replace(previous)
             arriving.replace(newest)

@@ -6,7 +6,7 @@ from typing import Any
 
 from rich.table import Table
 
-from ffw_fast.runs.reading import NETWORKS
+from ffw_fast.runs.reading import MEASURED_ON, NETWORKS
 
 
 def metrics_table(metrics: dict[str, Any], bias_names: tuple[str, ...], num_bias_classes: int) -> Table:
@@ -16,7 +16,9 @@ def metrics_table(metrics: dict[str, Any], bias_names: tuple[str, ...], num_bias
     predictions give with shuffled labels.
     """
     chance = f"{1 / num_bias_classes:.2f}"
-    table = Table(title=f"unbiased test set (chance level of a head: {chance})", title_justify="left")
+    table = Table(
+        title=f"{MEASURED_ON[metrics['measured_on']]} (chance level of a head: {chance})", title_justify="left"
+    )
     table.add_column("")
     for network in NETWORKS:
         table.add_column(network, justify="right")

@@ -44,7 +44,7 @@ def spread(values: Sequence[float]) -> str:
 def print_table(table: Table) -> None:
     """On standard output; where it is no terminal, in plain characters and so wide that nothing is folded."""
     if sys.stdout.isatty():
-        Console().print(table)
+        Console(markup=False).print(table)
         return
     table.box = box.ASCII
-    Console(width=PIPE_WIDTH).print(table)
+    Console(width=PIPE_WIDTH, markup=False).print(table)

@@ -70,10 +70,15 @@ class Workload:
         return self.full_recipe if full or self.shipped_recipe is None else self.shipped_recipe
 
 
-_TRAIN_SIZE = Option("train_size", int, "samples that the vanilla network learns from")
-_UNBIASED_SIZE = Option("unbiased_size", int, "samples of the unbiased training set", of_unbiased_sets=True)
+_TRAIN_SIZE = Option("train_size", int, "samples that the vanilla network learns from (default: all of the data set's)")
+_UNBIASED_SIZE = Option(
+    "unbiased_size", int, "samples of the unbiased training set (default: all of the data set's)", of_unbiased_sets=True
+)
 _UNBIASED_DIGITS = Option(
-    "unbiased_digits", int, "different digits in the unbiased training set", of_unbiased_sets=True
+    "unbiased_digits",
+    int,
+    "different digits in the unbiased training set (default: all that are for it)",
+    of_unbiased_sets=True,
 )
 
 _MULTI_COLOR_MNIST = Workload(

@@ -389,7 +389,9 @@ def test_masks_of_another_network_are_refused(masks, message):
 
 
 def test_masks_that_are_no_scores_are_refused(found, folder, tmp_path):
-    with pytest.raises(ValueError, match=r"does not hold scores; those are in scores\.safetensors"):
+    with pytest.raises(
+        ValueError, match=r"model\.safetensors holds a network's .*, and no scores; those are in scores"
+    ):
         load_masks(folder / files.MODEL)
     with pytest.raises(TypeError, match="must map names of layers to tensors, got NoneType"):
         apply_masks(found.model(), None)

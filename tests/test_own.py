@@ -132,8 +132,71 @@ def test_a_run_becomes_a_program_by_the_function_that_the_user_names(capsys):
 
 def test_it_resumes_and_without_a_test_set_the_validation_set_is_measured():
     assert run("--model", "mine:untrained", "--data", "mine:two_biases") == 0
-    assert json.loads(Path("out/config.json").read_text())["samples"] == {"train": 40, "val": 20, "test": 20}
+    assert json.loads(Path("out/config.json").read_text())["samples"] == {"train": 40, "val": 20}
     assert run("--model", "mine:untrained", "--data", "mine:two_biases", "--max-epochs", "3", "--resume") == 0
+
+
+def test_what_was_measured_without_a_test_set_is_said(capsys):
+    assert run("--model", "mine:model", "--data", "mine:two") == 0
+    assert "the validation set (chance" in capsys.readouterr().out
+    metrics, config = (json.loads(Path("out", name).read_text()) for name in ("metrics.json", "config.json"))
+    assert metrics["measured_on"] == "val"
+    assert config["samples"] == {"train": 40, "val": 20}
+    assert run("--model", "mine:model", "--data", "mine:data") == 0
+    assert json.loads(Path("out/metrics.json").read_text())["measured_on"] == "test"
+    assert "the unbiased test set (chance" in capsys.readouterr().out
+
+
+def files() -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in Path("out").iterdir() if path.name != ".lock"}
+
+
+def test_a_typo_costs_no_results(capsys):
+    assert run("--model", "mine:model", "--data", "mine:data") == 0
+    before = files()
+    for wrong in (["--bottleneck", "relu2"], ["--granularity", "channel", "--where", "conv*"], ["--gamma", "-1"]):
+        arguments = ["run", "--model", "mine:model", "--data", "mine:data", *SHORT, "--out", "out", "--quiet", *wrong]
+        assert main(arguments) == 2
+        assert files() == before
+
+
+def test_a_refused_resume_changes_nothing(capsys):
+    assert run("--model", "mine:model", "--data", "mine:data") == 0
+    before = files()
+    ours = ["run", "--model", "mine:model", "--data", "mine:data", *SHORT, "--out", "out", "--quiet", "--resume"]
+    assert main([*ours, "--max-epochs", "1"]) == 2
+    assert "it holds 2 epochs, more than max_epochs=1" in capsys.readouterr().err
+    assert files() == before
+
+
+def test_weights_in_the_folder_are_those_of_its_results():
+    def run_with(seed: int, *more: str) -> None:
+        save_file(network(seed).state_dict(), "trained.safetensors")
+        assert run("--model", "mine:model", "--data", "mine:data", "--weights", "trained.safetensors", *more) == 0
+        kept = load_file("out/vanilla.safetensors")["fc1.weight"]
+        assert torch.equal(kept, network(seed).state_dict()["fc1.weight"])
+
+    run_with(7)
+    for name in ("checkpoint.safetensors", "checkpoint.previous.safetensors"):
+        Path("out", name).unlink(missing_ok=True)
+    run_with(8, "--resume")
+    run_with(8, "--vanilla-only")
+    assert "metrics.json" in files(), "it is the network that they are of"
+    run_with(7, "--vanilla-only")
+    assert not {"metrics.json", "scores.safetensors"} & files().keys()
+
+
+def test_names_are_no_markup(capsys):
+    assert run("--model", "mine:model", "--data", "mine:data", "--bias-names", "[/x] $ <b>&\\frac{ $") == 0
+    assert "[/x] $ <b>&\\frac{ $, read by a head" in capsys.readouterr().out
+    assert "[/x] $ &lt;b&gt;" in Path("out/report.html").read_text()
+
+
+def test_a_folder_may_be_called_as_a_command_is(capsys):
+    arguments = ["run", "--model", "mine:model", "--data", "mine:data", *SHORT, "--quiet"]
+    assert main([*arguments, "--out", "run"]) == 0
+    assert main(["--traceback", *arguments, "--out", "again"]) == 0
+    assert main(["figure", "training", "run"]) == 0
 
 
 def test_other_data_do_not_resume(capsys):
@@ -145,20 +208,27 @@ def test_other_data_do_not_resume(capsys):
 def test_a_file_of_options_and_flags_after_it(capsys):
     Path("my.toml").write_text(
         'model = "mine:model"\ndata = "mine:data"\nbottleneck = "relu"\nnum_bias_classes = 3\ngamma = 2.5\n'
-        'bias-names = ["colour"]\nbatch-size = 10\nmax-epochs = 5\nquiet = true\nout = "out"\n'
+        'bias-names = ["colour"]\nbatch-size = 10\nmax-epochs = 5\nquiet = true\nresume = false\nout = "out"\n'
     )
     assert main(["run", "my.toml", "--max-epochs", "1"]) == 0
     settings = json.loads(Path("out/config.json").read_text())["settings"]
     assert (settings["gamma"], settings["max_epochs"]) == (2.5, 1)
     Path("digits.toml").write_text('workload = "multi-color-mnist"\nseed = -1\nsecond-division = false\n')
-    assert options_in_file(Path("digits.toml")) == [
+    known = {"multi-color-mnist": ["--seed", "--second-division", "--no-second-division"]}
+    assert options_in_file(Path("digits.toml"), known.__getitem__) == [
         "multi-color-mnist", "--seed=-1", "--no-second-division",
     ]  # fmt: skip
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [("gamma = ", "is no TOML"), ("[extraction]\ngamma = 3", r"got a table \[extraction\]"), (None, "no such file")],
+    [
+        ("gamma = ", "is no TOML"),
+        ("[extraction]\ngamma = 3", r"got a table \[extraction\]"),
+        (None, "no such file"),
+        ("quiet2 = false", "own has no option 'quiet2'; it has .*--quiet"),
+        ('out = ""', "out is empty"),
+    ],
 )
 def test_bad_files_of_options(content, message, capsys):
     if content is not None:

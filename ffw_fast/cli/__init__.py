@@ -25,6 +25,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     141 where whoever read the output has gone, as ``head`` does.
     """
+    if sys.stdout is None:  # closed by whoever called
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     try:
         given = run.with_workload(list(sys.argv[1:] if arguments is None else arguments))
     except (OSError, ValueError) as error:

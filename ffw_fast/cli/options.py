@@ -41,7 +41,7 @@ def workload_parser(workloads: Commands, workload: Workload, out: str) -> argpar
         "--vanilla-epochs",
         type=int,
         metavar="N",
-        help="epochs of the biased network's training (default: the workload's)",
+        help=f"epochs of the biased network's training (default: {_epochs(workload)})",
     )
     add_common_options(parser, out, workload.batch_size)
     own = parser.add_argument_group("data", "Where one is left out, the data set decides.")
@@ -52,6 +52,11 @@ def workload_parser(workloads: Commands, workload: Workload, out: str) -> argpar
             metavar = {int: "N", float: "X", str: "DIR"}[option.type]
             own.add_argument(option.flag, type=option.type, metavar=metavar, help=option.help)
     return parser
+
+
+def _epochs(workload: Workload) -> str:
+    recipes = {"on the shipped digits": workload.shipped_recipe, "on the full data": workload.full_recipe}
+    return ", ".join(f"{recipe.epochs} {data}" for data, recipe in recipes.items() if recipe is not None)
 
 
 def add_setting(parser: argparse.ArgumentParser, gamma: float) -> None:
@@ -76,7 +81,11 @@ def add_common_options(parser: argparse.ArgumentParser, out: str, batch_size: in
     add("--alpha", float, 1.0, "W", "weight of the cross-entropy in the objective")
     choose("--gate", choices=GATES, help="kind of gate (default: ffw, BISE hard)")
     choose("--granularity", choices=GRANULARITIES, help="what a gate belongs to (default: weight, BISE channel)")
-    choose("--where", metavar="PATTERNS", help="with channel gates: of which layers, such as 'layer1.*, layer2.*'")
+    choose(
+        "--where",
+        metavar="PATTERNS",
+        help="with channel gates: of which layers, such as 'layer1.*, layer2.*' (default: all)",
+    )
     add("--anneal-rate", float, 1e-4, "RATE", "how far the adaptive schedule moves the mean gate in a step at most")
     add("--batch-size", int, batch_size, "N", "samples a step, of gates and heads, and of the validation MI")
     choose("--precision", choices=PRECISIONS, default="fp32", help=f"of the network's passes {DEFAULT}")

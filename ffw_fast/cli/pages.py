@@ -1,6 +1,7 @@
 """``ffw-fast report`` and ``figure``: pages and pictures of what runs left in their folders."""
 
 import argparse
+import sys
 from pathlib import Path
 
 from ffw_fast.cli.options import Commands, adder
@@ -55,3 +56,5 @@ def tell_report(out: str | Path) -> None:
         print(f"report: {write_report(out)}")
     except ImportError as error:
         print(f"no report yet: {error}; then: ffw-fast report {out}")
+    except OSError as error:  # the results are there
+        print(f"ffw-fast: warning: no report: {error}; once that is mended: ffw-fast report {out}", file=sys.stderr)

@@ -1,7 +1,7 @@
 """``ffw-fast run``: one workload, or a user's own model and data."""
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,7 +26,8 @@ from ffw_fast.tables import print_table
 from ffw_fast.workloads import WORKLOADS
 
 
-def add_to(commands: Commands) -> None:
+def add_to(commands: Commands) -> Commands:
+    """Adds the command; its workloads."""
     command = commands.add_parser(
         "run",
         help="train the biased network of a workload and extract its unbiased sub-network",
@@ -48,6 +49,7 @@ def add_to(commands: Commands) -> None:
     parser = _own_parser(workloads)
     add_setting(parser, 10.0)
     _add_options(parser)
+    return workloads
 
 
 def _add_options(parser: argparse.ArgumentParser) -> None:
@@ -60,7 +62,11 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     )
     choose("--shard", action="store_true", help="on several processes: each keeps the state of its share of the gates")
     parser.add_argument("--vanilla-only", action="store_true", help="train the biased network and stop there")
-    choose("--log-epochs", metavar="FILE", help="append the row of every epoch of the extraction to it, as JSON lines")
+    choose(
+        "--log-epochs",
+        metavar="FILE",
+        help="append the row of every epoch of the extraction to it, as JSON lines (default: nowhere)",
+    )
     parser.set_defaults(command=run)
 
 
@@ -93,15 +99,22 @@ def _own_parser(workloads: Commands) -> argparse.ArgumentParser:
 
 def with_workload(arguments: list[str]) -> list[str]:
     """The arguments of ``run FILE.toml`` and of ``run --model ...`` in full, with a workload; others as they are."""
-    if "run" not in arguments[:2]:
+    start = next((place for place, word in enumerate(arguments, 1) if not word.startswith("-")), 0)
+    if arguments[start - 1 : start] != ["run"]:
         return arguments
-    start = arguments.index("run") + 1
     before, after = arguments[:start], arguments[start:]
     if after and after[0].endswith(".toml"):
-        return before + options_in_file(Path(after[0])) + after[1:]
+        return before + options_in_file(Path(after[0]), _flags_of) + after[1:]
     if after and after[0].startswith("--") and after[0] != "--help":
         return [*before, OWN, *after]
     return arguments
+
+
+def _flags_of(workload: str) -> Collection[str]:
+    """The options of ``run`` for a workload; none of an unknown one."""
+    parser = argparse.ArgumentParser()
+    workloads = add_to(parser.add_subparsers())
+    return workloads.choices[workload]._option_string_actions.keys() if workload in workloads.choices else ()
 
 
 def run(options: argparse.Namespace) -> int:

@@ -31,7 +31,7 @@ from ffw_fast.tables import print_table
 from ffw_fast.workloads import WORKLOADS
 
 ENGINE = ("processes", "threads", "retries", "ray", "address", "scheduler", "metric", "grace")  # where a sweep runs
-SINGLE = ("out", "data_dir", "device", *ENGINE)  # take one value in a sweep
+SINGLE = ("out", "data_dir", "cache_dir", "device", "where", *ENGINE)  # take one value in a sweep
 NO_SETTING = ("out", "quiet", *ENGINE)  # of a sweep, not of its runs
 
 
@@ -49,8 +49,8 @@ def add_to(commands: Commands) -> None:
         add_setting(parser, workload.default_gamma)
         engine = parser.add_argument_group(
             "sweep",
-            "Every option above takes several values (1,3,10 or 0..9), but for the folders, the device and those "
-            "without a value. What is finished in the folder is not run again, the rest goes on from its checkpoints.",
+            "Every option above takes several values (1,3,10 or 0..9), but for folders, patterns, the device and "
+            "those without a value. What is finished in the folder is not run again, the rest goes on.",
         )
         for flag, text in (
             ("--processes", "how many run beside each other (default: as many as there are cores)"),

@@ -19,7 +19,7 @@ from ffw_fast.compact import compact
 from ffw_fast.comparison.baselines import MAGNITUDE_SPARSITIES, prune_by_magnitude, refit_last_layer, train_on_unbiased
 from ffw_fast.comparison.record import RESULTS, Comparison, Rows, read_comparison
 from ffw_fast.data.samples import Inputs, Splits
-from ffw_fast.extract import extract
+from ffw_fast.extract import extract_by
 from ffw_fast.extraction import CONFIG, Extraction, sparsity
 from ffw_fast.leakage import leakage
 from ffw_fast.progress import Progress
@@ -70,6 +70,8 @@ def compare(request: Request, seeds: list[int], settings: list[Setting], progres
 
 
 def _compare(request: Request, seeds: list[int], settings: list[Setting], progress: Progress) -> Rows:
+    for setting in settings:
+        _with(request, setting).settings.as_dict()  # bad ones are refused before any work
     path, identity = request.out / RESULTS, _identity(request)
     rows = _kept_rows(path, identity)
     for seed in seeds:
@@ -174,6 +176,10 @@ def _methods(
         yield f"{setting}, fine-tuned", extraction.tuned
 
 
+def _with(request: Request, setting: Setting) -> Request:
+    return replace(request, extraction={**request.extraction, **asdict(setting)})
+
+
 class _Extracted:
     """An extraction, done once it is asked for, and the two networks made of it.
 
@@ -188,7 +194,7 @@ class _Extracted:
         setting: Setting,
         progress: Progress,
     ) -> None:
-        self.task = extraction_task(replace(request, extraction={**request.extraction, **asdict(setting)}), splits)
+        self.task = extraction_task(_with(request, setting), splits)
         self.vanilla, self.progress = vanilla, progress
         self.folder = request.out / UNDER_WAY / re.sub(r"[^a-z0-9.]+", "-", str(setting).lower())
         self.best = setting.method == "bise"
@@ -206,14 +212,14 @@ class _Extracted:
 
     def _extracted(self) -> Extraction:
         task = self.task
-        return extract(
+        return extract_by(
             self.vanilla(),
             task.train,
             task.val,
+            task.settings,
             run_dir=self.folder,
             resume=True,
             progress=self.progress,
-            **task.settings.as_dict(),
         )
 
     def pruned(self) -> Made:

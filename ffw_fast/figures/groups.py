@@ -5,7 +5,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from ffw_fast.figures.rows import Rows, groups
-from ffw_fast.figures.style import color, legend, new_axes, new_figure
+from ffw_fast.figures.style import color, legend, new_axes, new_figure, verbatim
 from ffw_fast.runs.reading import RunFolder, open_run
 
 
@@ -56,7 +56,7 @@ def draw(rows: Rows) -> Figure:
         axes.plot([min(values), max(values)], [place, place], color=color("grid"), linewidth=3, zorder=0)
     axes.set_xlim(-0.02, 1.02)
     axes.set_ylim(len(by_group) - 0.5, -0.5)
-    axes.set_yticks(range(len(by_group)), list(by_group), color=color("ink"))
+    axes.set_yticks(range(len(by_group)), list(map(verbatim, by_group)), color=color("ink"))
     axes.set_xlabel("accuracy")
     axes.grid(False, axis="y")
     legend(axes)

@@ -5,7 +5,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from ffw_fast.figures.rows import Rows
-from ffw_fast.figures.style import color, legend, new_axes, new_figure
+from ffw_fast.figures.style import color, legend, new_axes, new_figure, verbatim
 from ffw_fast.runs.reading import RunFolder, open_run
 
 
@@ -50,7 +50,7 @@ def draw(rows: Rows) -> Figure:
                 axes.plot(*zip(*ticks, strict=True), "|", color=color("muted"), markersize=15, markeredgewidth=1)
         axes.set_xlim(-0.02, 1.02)
         axes.set_ylim(len(biases) - 0.5, -0.5)
-        axes.set_yticks(range(len(biases)), biases, color=color("ink"))
+        axes.set_yticks(range(len(biases)), list(map(verbatim, biases)), color=color("ink"))
         axes.set_xlabel(title)
         axes.grid(False, axis="x")
     legend(accuracy)

@@ -58,6 +58,11 @@ def color(name: str) -> str:
     return COLORS[name][0]
 
 
+def verbatim(name: str) -> str:
+    """A name of the user's, in which Matplotlib would take what is between dollars for a formula."""
+    return name.replace("$", r"\$")
+
+
 def series_color(index: int) -> str:
     return color(CYCLE[index % len(CYCLE)])
 

@@ -1,6 +1,7 @@
 """What figures over many runs share: task and bias accuracy against one setting, mean and spread over seeds."""
 
 from collections.abc import Callable
+from itertools import cycle
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -12,7 +13,11 @@ from ffw_fast.figures.rows import Rows, groups, spread
 from ffw_fast.figures.style import color, label_line, legend, new_axes, new_figure
 from ffw_fast.runs.reading import RunFolder, find_runs
 
-SERIES_COLORS = (("pruned", "warm"), ("best", "plum"))  # of task and bias accuracy, for each schedule
+SERIES_COLORS = (
+    ("pruned", "warm"),
+    ("best", "plum"),
+    ("muted", "gold"),
+)  # of task and bias accuracy, for each schedule
 
 
 def run_rows(paths: list[Path], **settings: Callable[[RunFolder], float]) -> Rows:
@@ -46,7 +51,7 @@ def draw_against(rows: Rows, name: str, label: str, logarithmic: bool = False) -
     """Task and bias accuracy of the pruned network, a line for each schedule; the vanilla network's are dotted."""
     figure = new_figure(3.2)
     (axes,) = new_axes(figure)
-    for (schedule, own), hues in zip(groups(rows, "schedule").items(), SERIES_COLORS, strict=False):
+    for (schedule, own), hues in zip(groups(rows, "schedule").items(), cycle(SERIES_COLORS), strict=False):
         for kind, hue in zip(("task", "bias"), hues, strict=True):
             draw_spread(axes, own, name, f"pruned_{kind}_accuracy", color(hue), f"{kind}, {schedule}")
     for kind, style in (("task", ":"), ("bias", "--")):

@@ -5,7 +5,7 @@ from typing import Any
 from ffw_fast.figures import figure_module
 from ffw_fast.progress import describe_time
 from ffw_fast.report.page import Picture, asked, origin, picture, render
-from ffw_fast.runs.reading import RunFolder
+from ffw_fast.runs.reading import MEASURED_ON, RunFolder
 
 CAPTIONS = {
     "leakage": (
@@ -64,9 +64,7 @@ def run_page(run: RunFolder) -> str:
 
 def measured_on(metrics: dict[str, Any]) -> str:
     """The set whose figures the page shows: a run has a test set, a saved extraction has none."""
-    if "validation" in metrics:
-        return "the unbiased test set"
-    return "the training set" if metrics.get("measured_on") == "train" else "the validation set"
+    return MEASURED_ON[metrics.get("measured_on", "test" if "validation" in metrics else "val")]
 
 
 def best(metrics: dict[str, Any]) -> str:

@@ -40,7 +40,12 @@ def prepare_vanilla(request: Request, progress: Progress) -> None:
         remove_leftovers(request.out)
         progress.stage("data")
         splits = request.workload.load(request.data_dir, request.seed, **vanilla_options(request))
-        trained_vanilla(request, splits, progress)
+        model = trained_vanilla(request, splits, progress)
+        if is_given(request, splits):
+            kept = _kept_vanilla(request.out, _record(request, splits))
+            if kept is None or _digest(kept) != _digest(model.state_dict()):  # what is there is of another network
+                clear_results(request.out)
+            keep_vanilla(request, splits, model)
 
 
 def shared_vanilla(request: Request, splits: Splits, progress: Progress, group: Alone) -> nn.Module:
@@ -53,16 +58,14 @@ def shared_vanilla(request: Request, splits: Splits, progress: Progress, group: 
 
 
 def trained_vanilla(request: Request, splits: Splits, progress: Progress) -> nn.Module:
-    """The biased network: as it comes if it is trained, else the run folder's if it was trained so there, else new.
+    """The biased network: as it comes if it is given, else the run folder's if it was trained so there, else new.
 
     A training that was cut off goes on from its checkpoint where that is of the same network.
     """
     recipe, settings = request.recipe, request.settings
     model = request.workload.build_model(request.seed)
-    record = {**vanilla_identity(request), "samples": splits.vanilla and len(splits.vanilla.y)}
+    record = _record(request, splits)
     if recipe is None or splits.vanilla is None:
-        if not (request.resume and (request.out / VANILLA).exists()):  # the checkpoint is checked against the weights
-            _keep_vanilla(request.out, record, model)
         return model.to(request.device or "cpu").eval()
     if (kept := _kept_vanilla(request.out, record)) is not None:
         model.load_state_dict(kept)
@@ -83,9 +86,19 @@ def trained_vanilla(request: Request, splits: Splits, progress: Progress) -> nn.
         )
     if not request.resume:  # else the checkpoint is checked against these weights
         clear_results(request.out)
-    _keep_vanilla(request.out, record, model)
+    keep_vanilla(request, splits, model)
     VANILLA_CHECKPOINTS.remove_from(request.out)
     return model
+
+
+def is_given(request: Request, splits: Splits) -> bool:
+    """Whether the biased network comes trained."""
+    return request.recipe is None or splits.vanilla is None
+
+
+def _record(request: Request, splits: Splits) -> dict[str, Any]:
+    """How the biased network came to be."""
+    return {**vanilla_identity(request), "samples": splits.vanilla and len(splits.vanilla.y)}
 
 
 def _kept_vanilla(out: Path, record: dict[str, Any]) -> dict[str, Tensor] | None:
@@ -97,7 +110,9 @@ def _kept_vanilla(out: Path, record: dict[str, Any]) -> dict[str, Tensor] | None
     return weights if kept == {**record, "weights": _digest(weights)} else None
 
 
-def _keep_vanilla(out: Path, record: dict[str, Any], model: nn.Module) -> None:
+def keep_vanilla(request: Request, splits: Splits, model: nn.Module) -> None:
+    """Write the biased network into the run folder, with a record of how it came to be."""
+    out, record = request.out, _record(request, splits)
     weights = {name: value.contiguous().cpu() for name, value in model.state_dict().items()}
     with TemporaryDirectory(dir=out, prefix=STAGING) as staging:
         write_tensors(Path(staging) / VANILLA, weights)

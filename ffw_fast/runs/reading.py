@@ -18,6 +18,11 @@ COMPACT = "compact.safetensors"
 PROGRAMS = ("model.onnx", "model.pt2")
 OF_THE_NETWORK = (REPORT, COMPACT, SIZES, *PROGRAMS)  # what commands made of a run's results
 NETWORKS = ("vanilla", "pruned", "best")
+MEASURED_ON = {  # what ``metrics.json`` says, in words
+    "test": "the unbiased test set",
+    "val": "the validation set",
+    "train": "the training set",
+}
 
 
 @dataclass(frozen=True)

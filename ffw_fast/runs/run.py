@@ -16,7 +16,7 @@ from ffw_fast.bise import guessing_network, with_guessed_bias
 from ffw_fast.data.datasets import stream_note
 from ffw_fast.data.samples import Samples, Splits
 from ffw_fast.distributed import Alone, processes
-from ffw_fast.extract import extract
+from ffw_fast.extract import extract_by
 from ffw_fast.extraction import CONFIG, METRICS, Extraction, sparsity, weight_sparsity
 from ffw_fast.files import read_json, write_json
 from ffw_fast.inputs import check_device
@@ -25,7 +25,7 @@ from ffw_fast.leakage import leakage
 from ffw_fast.progress import Progress
 from ffw_fast.run_lock import locked
 from ffw_fast.run_state import CHECKPOINT
-from ffw_fast.runs.biased_network import shared_vanilla
+from ffw_fast.runs.biased_network import is_given, keep_vanilla, shared_vanilla
 from ffw_fast.runs.request import Request, config_of
 from ffw_fast.runs.writing import (
     check_folder,
@@ -79,9 +79,11 @@ def _run_locked(request: Request, config: dict[str, Any], progress: Progress, gr
         progress.stage("data")
         splits = group.together(lambda: request.workload.load(request.data_dir, request.seed, **request.data_options))
         sets = {name: getattr(splits, name) for name in ("vanilla", "train", "val", "test")}
+        if splits.test is splits.val:
+            del sets["test"]
         config["samples"] = {name: len(samples.y) for name, samples in sets.items() if samples is not None}
         config["input_shape"] = list(splits.train.x.shape[1:])
-        for name in ("train", "val", "test"):
+        for name in sets.keys() - {"vanilla"}:
             progress.note(stream_note(sets[name], name))
         names = _bias_names(request.workload, splits.train.b.shape[1])
         clock.lap("data")
@@ -89,8 +91,8 @@ def _run_locked(request: Request, config: dict[str, Any], progress: Progress, gr
         config["settings"] = task.settings.as_dict()
         vanilla = shared_vanilla(request, splits, progress, group)
         clock.lap("vanilla")
-        group.together(lambda: group.first(lambda: _begin(request, config)))
-        found, complete = _extract_or_reach(request, task, vanilla, progress)
+        extracting = _Extracting(request, task, vanilla, lambda: _begin(request, config, splits, vanilla))
+        found, complete = extracting.reached(progress)
         if group.rank > 0:
             return {}
         clock.lap("extraction")
@@ -98,6 +100,7 @@ def _run_locked(request: Request, config: dict[str, Any], progress: Progress, gr
         metrics = _test_metrics(found, splits, request.seed)
         clock.lap("measurement")
     metrics |= {
+        "measured_on": "val" if splits.test is splits.val else "test",
         "epochs": len(found.history),
         "seconds": found.metrics["seconds"],
         "stages": clock.laps,
@@ -112,10 +115,12 @@ def _run_locked(request: Request, config: dict[str, Any], progress: Progress, gr
     return metrics
 
 
-def _begin(request: Request, config: dict[str, Any]) -> None:
-    """Make the folder this run's."""
+def _begin(request: Request, config: dict[str, Any], splits: Splits, vanilla: nn.Module) -> None:
+    """Make the folder this run's: what an earlier one left in it goes."""
     if not request.resume:
         clear_results(request.out)
+    if is_given(request, splits):
+        keep_vanilla(request, splits, vanilla)
     write_json(request.out / CONFIG, config)
 
 
@@ -143,7 +148,8 @@ def is_finished(request: Request) -> bool:
     settings = kept.get("settings")
     if isinstance(settings, dict) and config["settings"]["correlations"] is None:  # the data set's own stand there
         settings = {**settings, "correlations": None}
-    return settings == config["settings"] and metrics.get("complete") is True
+    is_same = settings == config["settings"] and metrics.get("epochs", 0) <= request.settings.max_epochs
+    return is_same and metrics.get("complete") is True
 
 
 @dataclass(frozen=True)
@@ -174,40 +180,50 @@ def extraction_task(request: Request, splits: Splits) -> Task:
     return Task(settings, train, val)
 
 
-def _extract_or_reach(request: Request, task: Task, vanilla: nn.Module, progress: Progress) -> tuple[Extraction, bool]:
-    """The extraction, and whether it came to its end: after an interrupt it is what the checkpoint holds, if any."""
-    settings = task.settings
-    try:
-        return _extract(request, task, vanilla, progress), True
-    except Terminated:  # whoever sends SIGTERM sends SIGKILL next
-        raise
-    except KeyboardInterrupt:
-        if processes().count > 1:  # the others may be past it or behind it
+class _Extracting:
+    """The extraction of a run, whose folder becomes its own with the first checkpoint."""
+
+    def __init__(self, request: Request, task: Task, vanilla: nn.Module, begin: Callable[[], None]) -> None:
+        self._request, self._task, self._vanilla, self._make_folder_own = request, task, vanilla, begin
+        self._has_checkpoint = request.resume
+
+    def reached(self, progress: Progress) -> tuple[Extraction, bool]:
+        """The extraction, and whether it came to its end: after an interrupt it is what its checkpoint holds."""
+        request, settings = self._request, self._task.settings
+        try:
+            return self._extracted(settings, request.resume, progress), True
+        except Terminated:  # whoever sends SIGTERM sends SIGKILL next
             raise
-        checkpoint = request.out / CHECKPOINT
-        if not checkpoint.exists():
-            raise
-        ended = replace(task, settings=replace(settings, max_epochs=_epochs_done(checkpoint)))
-        found = _extract(replace(request, resume=True), ended, vanilla, Progress())
-        return replace(found, settings=settings), False
+        except KeyboardInterrupt:
+            if processes().count > 1:  # the others may be past it or behind it
+                raise
+            checkpoint = request.out / CHECKPOINT
+            if not (self._has_checkpoint and checkpoint.exists()):
+                raise
+            ended = replace(settings, max_epochs=_epochs_done(checkpoint))
+            return replace(self._extracted(ended, True, Progress()), settings=settings), False
+
+    def _extracted(self, settings: Settings, resume: bool, progress: Progress) -> Extraction:
+        return extract_by(
+            self._vanilla,
+            self._task.train,
+            self._task.val,
+            settings,
+            run_dir=self._request.out,
+            resume=resume,
+            shard=self._request.shard,
+            progress=progress,
+            begin=self._begin,
+        )
+
+    def _begin(self) -> None:
+        self._make_folder_own()
+        self._has_checkpoint = True
 
 
 def _epochs_done(checkpoint: Path) -> int:
     with safe_open(checkpoint, framework="pt") as file:
         return len(json.loads(file.metadata()["record"])["history"])
-
-
-def _extract(request: Request, task: Task, vanilla: nn.Module, progress: Progress) -> Extraction:
-    return extract(
-        vanilla,
-        task.train,
-        task.val,
-        run_dir=request.out,
-        resume=request.resume,
-        shard=request.shard,
-        progress=progress,
-        **task.settings.as_dict(),
-    )
 
 
 class _StageClock:

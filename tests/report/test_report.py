@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from ffw_fast.cli import main
+from ffw_fast.cli.pages import tell_report
 from ffw_fast.extract import extract
 from ffw_fast.report import write_report
 from ffw_fast.report.run_page import results
@@ -106,6 +107,11 @@ def test_a_saved_extraction_has_a_report_too(tmp_path):
     assert "What the networks look at" not in text, "no images"
     assert "Accuracy by groups" not in text
     assert len(re.findall("<svg", text)) == 3
+
+
+def test_a_report_that_cannot_be_written_leaves_the_results_to_be_told(tmp_path, capsys):
+    tell_report(tmp_path / "nothing")
+    assert "ffw-fast report" in capsys.readouterr().err
 
 
 def test_the_command_names_the_file(folder, capsys):

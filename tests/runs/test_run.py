@@ -221,10 +221,22 @@ def test_what_a_kill_left_beside_a_finished_vanilla_network_is_removed(finished)
 def test_an_interrupt_before_the_first_epoch_leaves_the_vanilla_network(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         run_workload(request_for(tmp_path), Stages(("extraction", 0)))
-    assert set(contents(tmp_path)) == {"config.json", "vanilla.json", "vanilla.safetensors"}
+    assert set(contents(tmp_path)) == {"vanilla.json", "vanilla.safetensors"}
     stages = Stages()
     run_workload(request_for(tmp_path, resume=True), stages)
     assert "vanilla training" not in stages.seen
+
+
+def test_an_interrupt_before_the_first_epoch_leaves_the_results_of_another_run(finished):
+    before, other = contents(finished), request_for(finished, extraction={"max_epochs": 2, "gamma": 3.0})
+    with pytest.raises(KeyboardInterrupt):
+        run_workload(other, Stages(("extraction", 0)))
+    assert contents(finished) == before
+    with pytest.raises(KeyboardInterrupt):
+        run_workload(other, Stages(("extraction", 1)))
+    left = json.loads((finished / "metrics.json").read_text())
+    assert (left["epochs"], left["complete"]) == (1, False)
+    assert json.loads((finished / "config.json").read_text())["settings"]["gamma"] == 3.0
 
 
 def test_an_interrupted_run_is_measured_and_ends_as_if_nothing_had_happened(finished, tmp_path_factory):

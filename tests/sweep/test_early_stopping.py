@@ -59,6 +59,12 @@ def test_epochs_are_appended_and_handed_on(tmp_path):
     assert [json.loads(line)["epoch"] for line in lines] == [1, 2]
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a file on a full disk is Linux's /dev/full")
+def test_a_log_on_a_full_disk_does_not_end_the_run():
+    with EpochLines(Progress(), "/dev/full") as progress, pytest.warns(UserWarning, match="could not be appended to"):
+        progress.epoch({"epoch": 1, "temperature": 1.0, "loss": 2.0, "train_mi": 0.5})
+
+
 def test_a_run_logs_its_epochs(digits, tmp_path):  # noqa: F811
     file = tmp_path / "epochs.jsonl"
     command = ["run", "multi-color-mnist", *settings(digits), "--out", str(tmp_path / "run"), "--quiet"]

@@ -12,8 +12,10 @@ from pathlib import Path
 import pytest
 
 import ffw_fast.sweep.engines as engines
-from ffw_fast.cli import main
+from ffw_fast.cli import build_parser, main
+from ffw_fast.cli.sweep import NO_SETTING
 from ffw_fast.sweep.engines import Job, LocalProcesses, run_job
+from ffw_fast.sweep.grid import combinations
 from ffw_fast.sweep.trials import trial_name
 from tests.data.conftest import write_mnist
 
@@ -126,6 +128,14 @@ def test_files_of_something_else_end_the_sweep_before_any_work(tmp_path, in_this
     assert str(tmp_path / name) in capsys.readouterr().err
     assert (tmp_path / name).read_text() == "mine"
     assert in_this_process == []
+
+
+def test_patterns_and_folders_take_one_value_however_many_commas_are_in_it():
+    arguments = ["sweep", "celeba", "--data-dir", "a,b", "--cache-dir", "c,d", "--where", "layer1.*, layer2.*"]
+    options = build_parser().parse_args([*arguments, "--gamma", "1,3"])
+    (_, command), (varied, _) = combinations(options.parser, options, NO_SETTING)
+    assert varied == {"gamma": 3.0}
+    assert command[command.index("--where") + 1] == "layer1.*, layer2.*"
 
 
 def test_an_unknown_option_is_named(capsys):
