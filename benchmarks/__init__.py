@@ -2,7 +2,7 @@
 
 BENCHES = {
     "table8": "the parts of every epoch of the paper's Table 8 against the reference and the floor; or one run whole",
-    "operators": "every operator and layer shape against eager PyTorch, torch.compile and the floor",
+    "operators": "every operator (fused layers excepted) and layer shape against PyTorch, torch.compile and the floor",
     "masked_layers": "MaskedConv2d and MaskedLinear against the dense layers: the ratio per shape",
     "growth": "how time and peak memory grow with samples, parameters, batch size and threads",
     "fft_conv": "SimpleConvNet's convolutions by FFT against direct ones",

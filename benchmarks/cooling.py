@@ -9,11 +9,11 @@ gates, before and after.
 import argparse
 import itertools
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from ffw_fast.benchmarks.whole import train_biased
 from rich.table import Table
 from torch import Tensor, nn
 
@@ -25,7 +25,6 @@ from ffw_fast.measure import accuracy
 from ffw_fast.schedule import judging_shift
 from ffw_fast.settings import Settings
 from ffw_fast.tables import print_table
-from ffw_fast.vanilla import train_vanilla
 from ffw_fast.workloads import WORKLOADS
 
 BINS = 20
@@ -35,11 +34,8 @@ WORKLOAD = WORKLOADS["multi-color-mnist"]
 
 def biased_network(seed: int, epochs: int | None = None, **data_options: Any) -> tuple[nn.Module, Splits]:
     """The network that both schedules start from, and the data."""
-    splits, model = WORKLOAD.load(None, seed, **data_options), WORKLOAD.build_model(seed)
-    recipe = WORKLOAD.recipe(full=False)
-    assert splits.vanilla is not None and recipe is not None  # of digits
-    train_vanilla(model, splits.vanilla, replace(recipe, epochs=epochs or recipe.epochs), seed=seed)
-    return model, splits
+    biased = train_biased(WORKLOAD.name, seed, max_epochs=1, vanilla_epochs=epochs, **data_options)
+    return biased.model, biased.splits
 
 
 def follow(model: nn.Module, splits: Splits, settings: Settings) -> dict[str, Any]:

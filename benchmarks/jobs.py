@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from ffw_fast.data.samples import Samples
-from ffw_fast.models import MLP, ResNet18, SimpleConvNet
+from ffw_fast.models import MLP
 from ffw_fast.modules import maskable_layers
+from ffw_fast.workloads import WORKLOADS
 
 
 @dataclass(frozen=True)
@@ -28,11 +29,19 @@ class Job:
     batch_size: int = 100
 
 
+def _of(name: str, title: str, image: tuple[int, int, int], train: int, val: int) -> Job:
+    """A workload with images and unbiased sets of the paper's size."""
+    known = WORKLOADS[name]
+    assert known.paper_seconds is not None
+    network = (known.network, known.bottleneck, image, known.num_classes, len(known.bias_names))
+    return Job(title, *network, train, val, known.paper_seconds, known.batch_size)
+
+
 JOBS = (
-    Job("Biased-MNIST", SimpleConvNet, "flatten", (3, 28, 28), 10, 1, 36000, 12000, 12000),
-    Job("CelebA", lambda: ResNet18(2), "flatten", (3, 224, 224), 2, 1, 437, 291, 4500),
-    Job("Corrupted CIFAR-10", lambda: ResNet18(10), "flatten", (3, 32, 32), 10, 1, 6000, 2000, 3120),
-    Job("Multi-Color MNIST", MLP, "relu3", (3, 28, 28), 10, 2, 6000, 2000, 1320),
+    _of("biased-mnist", "Biased-MNIST", (3, 28, 28), 36000, 12000),
+    _of("celeba", "CelebA", (3, 224, 224), 437, 291),
+    _of("corrupted-cifar10", "Corrupted CIFAR-10", (3, 32, 32), 6000, 2000),
+    _of("multi-color-mnist", "Multi-Color MNIST", (3, 28, 28), 6000, 2000),
 )
 
 

@@ -23,9 +23,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
 from ffw_fast.modes import evaluation_mode
-from ffw_fast.parts import held_elsewhere, module_of, replace_module
+from ffw_fast.parts import DENSE_LAYERS, held_elsewhere, module_of, replace_module
 
-LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 NOT_ELEMENTWISE = ("MultiheadAttention", "Softmax", "Softmax2d", "Softmin", "LogSoftmax", "GLU")
 ACTIVATIONS = tuple(getattr(activations, name) for name in activations.__all__ if name not in NOT_ELEMENTWISE)
 FUNCTIONS = frozenset(  # as functions and, where tensors have them, as methods
@@ -257,7 +256,7 @@ class ChannelGraph:
         return module_of(self.model, node)
 
     def _is_layer(self, node: fx.Node) -> bool:
-        return type(self._module(node)) in LAYERS
+        return type(self._module(node)) in DENSE_LAYERS
 
     def _find(self) -> Iterator[Place]:
         """Every place in the order of the graph; a layer gives its name to the first that it reaches."""
@@ -273,7 +272,7 @@ class ChannelGraph:
             layer: Any = self.model.get_submodule(name)
             trail, is_silent = self._silent(node.args[0])
             modules = {module: self.model.get_submodule(module) for module in trail}
-            silent = {module: part for module, part in modules.items() if isinstance(part, (*LAYERS, _BatchNorm))}
+            silent = {module: part for module, part in modules.items() if isinstance(part, (*DENSE_LAYERS, _BatchNorm))}
             if any(_channels(part) != len(layer.weight) for part in silent.values()):
                 continue  # a sum that broadcasts: channels are not told apart
             taken.add(name)
@@ -313,7 +312,7 @@ class ChannelGraph:
         if not self._runs_once(node):
             passes = isinstance(module, STATELESS) or _name(node) in POOL_FUNCTIONS
             return self._silent(node.args[0], additions) if passes else ((), False)
-        if type(module) in LAYERS:
+        if type(module) in DENSE_LAYERS:
             return (name,), True
         if not isinstance(module, PASSING) or (isinstance(module, _BatchNorm) and module.weight is None):
             return (), False

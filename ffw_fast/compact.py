@@ -16,8 +16,9 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.utils._pytree import tree_leaves
 
 from ffw_fast.channels import ChannelMask
-from ffw_fast.constant_inputs import LINEAR_LAYERS, constant_inputs
+from ffw_fast.constant_inputs import constant_inputs
 from ffw_fast.copies import copy_of
+from ffw_fast.parts import DENSE_LAYERS
 
 SAMPLES = 2  # of the example; as many of noise stand beside them
 TOLERANCE = 1e-9  # of the largest output, in double precision
@@ -96,7 +97,7 @@ def _describe(module: Any) -> None:
     """Make a layer's attributes agree with the shape of its weight."""
     if type(module) is nn.Linear:
         module.out_features, module.in_features = module.weight.shape
-    elif type(module) in LINEAR_LAYERS:
+    elif type(module) in DENSE_LAYERS:
         if _is_depthwise(module):
             module.groups = len(module.weight)
         module.out_channels, module.in_channels = len(module.weight), module.weight.shape[1] * module.groups
@@ -207,7 +208,7 @@ class _Work:
             except Exception as error:  # what the graph's code makes of operations that it does not know
                 _warn("all layers", f"torch-pruning cannot read the network's graph: {error}")
                 return
-            for root in [module for module in graph.module2node if type(module) in LINEAR_LAYERS]:
+            for root in [module for module in graph.module2node if type(module) in DENSE_LAYERS]:
                 if root in refused:
                     continue
                 before = _snapshot(self.model)
@@ -292,7 +293,7 @@ def _silence(group: Any) -> bool:
     changed = False
     for item in group:
         layer = item.dep.target.module
-        if type(layer) not in LINEAR_LAYERS or item.dep.handler.__name__ == "prune_in_channels":
+        if type(layer) not in DENSE_LAYERS or item.dep.handler.__name__ == "prune_in_channels":
             continue
         if layer.weight[item.idxs].any():
             layer.weight = _with_zeros(layer.weight, item.idxs)

@@ -17,9 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ffw_fast.channels import ChannelMask
-from ffw_fast.modules import MASKED_CLASSES
+from ffw_fast.parts import DENSE_LAYERS
 
-LINEAR_LAYERS = tuple(MASKED_CLASSES)
 SELECTING = ("aten::gather", "aten::index", "aten::index_select")  # like views, they may leave all NaN behind
 ROUNDING = 1e-12  # relative, in double precision: a pool over equal numbers may round them differently
 
@@ -39,7 +38,7 @@ def constant_inputs(model: nn.Module, samples: Tensor) -> dict[str, Tensor]:
     Raises:
         ValueError: an operation of the network swallows NaN.
     """
-    names = {layer: name for name, layer in model.named_modules() if type(layer) in LINEAR_LAYERS}
+    names = {layer: name for name, layer in model.named_modules() if type(layer) in DENSE_LAYERS}
     scales = [module for module in model.modules() if isinstance(module, _BatchNorm | ChannelMask)]
     watch = _NanWatch()
     hooks = [module.register_forward_hook(watch.stop_at_zeros) for module in (*names, *scales)]

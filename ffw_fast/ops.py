@@ -25,13 +25,12 @@ from torch import Tensor, nn
 
 from ffw_fast import philox
 from ffw_fast.gates import GateKind, gate, gate_movement, gate_slope
-from ffw_fast.memory import image_format
+from ffw_fast.image_format import image_format
 from ffw_fast.plateau import Plateau
 
 _library = torch.library.Library("ffw_fast", "DEF")
 _HALF = (torch.bfloat16, torch.float16)
 DEFAULTS: dict[str, Callable[..., Any]] = {}  # name of an operator -> its plain-PyTorch kernel
-COMPOSED = {"objective"}  # no Triton kernel; the default kernel calls other operators, which have Triton kernels
 
 
 def _define(schema: str, default: Callable[..., Any], fake: Callable[..., Any]) -> None:

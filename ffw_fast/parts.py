@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import fx, nn
 
+DENSE_LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)  # whose weights can be gated
 OF_EVERY_MODULE = frozenset(vars(nn.Module()))  # its own attributes, ``_modules`` and hooks among them
 
 

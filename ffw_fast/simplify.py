@@ -15,14 +15,12 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ffw_fast.modules import MASKED_CLASSES
-from ffw_fast.parts import module_of, replace_module
+from ffw_fast.parts import DENSE_LAYERS, module_of, replace_module
 from ffw_fast.precision import full_float32
 from ffw_fast.tanh import FastTanh, use_fast_tanh
 
 Classes: TypeAlias = type[nn.Module] | tuple[type[nn.Module], ...]
 
-LINEAR_LAYERS = tuple(MASKED_CLASSES)
 IN_PLACE = ("setitem", *(f"i{name}" for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul")))
 OVERWRITING = (nn.ReLU, FastTanh)  # whose gradient needs the output alone
 TOLERANCE = 1e-3  # of the largest output; folding rounds differently, but is far nearer than this
@@ -104,7 +102,7 @@ def _pairs(model: nn.Module, graph: fx.Graph, reader: Classes, bottleneck: str) 
         while read_once and isinstance(module_of(model, source), nn.Identity):  # a folded batch norm
             source = source.args[0]
             read_once = _is_read_once(source, kept)
-        if not read_once or type(module_of(model, source)) not in LINEAR_LAYERS:
+        if not read_once or type(module_of(model, source)) not in DENSE_LAYERS:
             continue
         if runs[source.target] == runs[node.target] == 1:
             yield source.target, str(node.target)

@@ -52,16 +52,22 @@ def compare_sizes(networks: dict[str, nn.Module], x: Tensor) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def _size(network: nn.Module, x: Tensor, latency: float) -> Size:
+def macs(network: nn.Module, x: Tensor) -> int:
+    """Multiply-accumulate operations for one sample of x (n, ...)."""
     from torch.utils.flop_counter import FlopCounterMode  # imports Triton, which takes a while
 
-    parameters = list(network.parameters())
     with FlopCounterMode(display=False) as counter:
         network(x[:1])
+    return counter.get_total_flops() // 2
+
+
+@torch.no_grad()
+def _size(network: nn.Module, x: Tensor, latency: float) -> Size:
+    parameters = list(network.parameters())
     return Size(
         parameters=sum(parameter.numel() for parameter in parameters),
         nonzero=sum(int(parameter.count_nonzero()) for parameter in parameters),
-        macs=counter.get_total_flops() // 2,
+        macs=macs(network, x),
         latency_seconds=latency,
         file_bytes=len(safetensors.torch.save({name: value.clone() for name, value in network.state_dict().items()})),
     )

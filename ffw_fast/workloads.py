@@ -42,7 +42,6 @@ class Workload:
     full_recipe: Recipe | None  # as published, for the full data set; None for a network that is trained already
     shipped_recipe: Recipe | None  # for the data that comes with the package; None where none does
     paper_seconds: int | None = None  # time of FFW on an A100, Table 8 of the paper
-    paper_unbiased_size: int | None = None  # samples of the unbiased training set, Table 8 of the paper
     options: tuple[Option, ...] = ()
     num_classes: int = 10
     num_bias_classes: int = 10
@@ -91,7 +90,6 @@ _MULTI_COLOR_MNIST = Workload(
     full_recipe=Recipe("adam", lr=1e-3, batch_size=256, epochs=100),
     shipped_recipe=Recipe("adam", lr=1e-3, batch_size=256, epochs=100),
     paper_seconds=22 * 60,
-    paper_unbiased_size=6000,
     options=(
         _TRAIN_SIZE,
         _UNBIASED_SIZE,
@@ -114,7 +112,6 @@ _BIASED_MNIST = Workload(
     full_recipe=Recipe("sgd", lr=0.1, batch_size=100, epochs=80, milestones=(0.5, 0.75)),
     shipped_recipe=Recipe("sgd", lr=0.1, batch_size=100, epochs=30, milestones=(0.5, 0.75)),
     paper_seconds=(3 * 60 + 20) * 60,
-    paper_unbiased_size=36000,
     options=(
         Option(
             "rho",
@@ -138,7 +135,6 @@ _CELEBA = Workload(
     full_recipe=Recipe("sgd", lr=0.1, batch_size=100, epochs=80, schedule="plateau", lr_end=1e-3, flips=True),
     shipped_recipe=None,
     paper_seconds=75 * 60,
-    paper_unbiased_size=437,
     options=(
         Option("image_size", int, "height and width in pixels, from 32 to 224 (default: 224)"),
         _TRAIN_SIZE,
@@ -159,7 +155,6 @@ _CORRUPTED_CIFAR10 = Workload(
     full_recipe=Recipe("adam", lr=1e-3, batch_size=256, epochs=200, schedule="cosine", flips=True, crop_padding=4),
     shipped_recipe=None,
     paper_seconds=52 * 60,
-    paper_unbiased_size=6000,
     options=(
         Option("percent", float, "of conflicting images in the vanilla set: 0.5, 1, 2 or 5 (default: 1)"),
         _TRAIN_SIZE,

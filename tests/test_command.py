@@ -85,3 +85,8 @@ def test_a_broken_pipe_that_is_not_the_output_is_an_error(monkeypatch, capfd):
     monkeypatch.setattr("ffw_fast.cli.machine.backend_info", broken)
     assert main(["info"]) == 2
     assert "a worker's pipe is broken" in capfd.readouterr().err
+
+
+def test_a_closed_standard_output_is_no_error():
+    done = subprocess.run(["sh", "-c", '"$@" >&-', "sh", *ENTRY, "info"], cwd=ROOT, capture_output=True, check=False)
+    assert (done.returncode, done.stderr) == (0, b"")

@@ -27,7 +27,7 @@ def python(code: str, **environment: str) -> subprocess.CompletedProcess:
 
 
 def test_every_operator_has_a_triton_kernel_or_is_composed_of_such():
-    assert set(triton_backend.KERNELS) == set(ops.DEFAULTS) - ops.COMPOSED
+    assert set(triton_backend.KERNELS) == set(ops.DEFAULTS) - {"objective"}
 
 
 @pytest.mark.parametrize("name", triton_backend.KERNELS)
@@ -175,7 +175,7 @@ from ffw_fast.settings import Settings
 from tests import tiny
 info = ffw_fast.backend_info()["cpu"]
 assert info["used"] == "triton" and "triton" not in sys.modules, info
-assert all(info["operators"][name] == "triton" for name in set(ops.DEFAULTS) - ops.COMPOSED)
+assert all(info["operators"][name] == "triton" for name in set(ops.DEFAULTS) - {"objective"})
 fusion.choice = "fused"
 torch.manual_seed(0)
 model = ffw_fast.mask_model(torch.nn.Sequential(

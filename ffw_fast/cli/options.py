@@ -11,14 +11,11 @@ from ffw_fast.own import NAME as OWN
 from ffw_fast.own import own_workload
 from ffw_fast.runs.request import Request
 from ffw_fast.schedule import SCHEDULES
-from ffw_fast.settings import METHODS, PRECISIONS
+from ffw_fast.settings import DEFAULTS, METHODS, PRECISIONS
 from ffw_fast.workloads import WORKLOADS, Workload
 
 DEFAULT = "(default: %(default)s)"
-EXTRACTION_OPTIONS = (
-    "method", "gamma", "alpha", "gate", "granularity", "schedule", "anneal_rate", "max_epochs", "batch_size",
-    "precision", "where", "correlations", "aligned", "cache_augmented",
-)  # fmt: skip
+EXTRACTION_OPTIONS = DEFAULTS.keys() - {"seed"}  # which is of the data and networks, too
 
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
@@ -77,8 +74,8 @@ def add_setting(parser: argparse.ArgumentParser, gamma: float) -> None:
 def add_common_options(parser: argparse.ArgumentParser, out: str, batch_size: int) -> None:
     add, choose = adder(parser), parser.add_argument
     add("--out", str, out, "DIR", "the folder of results")
-    add("--max-epochs", int, 200, "N", "epochs of the extraction at most")
-    add("--alpha", float, 1.0, "W", "weight of the cross-entropy in the objective")
+    add("--max-epochs", int, DEFAULTS["max_epochs"], "N", "epochs of the extraction at most")
+    add("--alpha", float, DEFAULTS["alpha"], "W", "weight of the cross-entropy in the objective")
     choose("--gate", choices=GATES, help="kind of gate (default: ffw, BISE hard)")
     choose("--granularity", choices=GRANULARITIES, help="what a gate belongs to (default: weight, BISE channel)")
     choose(
@@ -86,7 +83,13 @@ def add_common_options(parser: argparse.ArgumentParser, out: str, batch_size: in
         metavar="PATTERNS",
         help="with channel gates: of which layers, such as 'layer1.*, layer2.*' (default: all)",
     )
-    add("--anneal-rate", float, 1e-4, "RATE", "how far the adaptive schedule moves the mean gate in a step at most")
+    add(
+        "--anneal-rate",
+        float,
+        DEFAULTS["anneal_rate"],
+        "RATE",
+        "most that the adaptive schedule moves the mean gate a step",
+    )
     add("--batch-size", int, batch_size, "N", "samples a step, of gates and heads, and of the validation MI")
     choose("--precision", choices=PRECISIONS, default="fp32", help=f"of the network's passes {DEFAULT}")
     choose("--device", help="where to run, such as cpu or cuda:0 (default: cpu)")

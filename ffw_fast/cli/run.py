@@ -14,6 +14,7 @@ from ffw_fast.cli.options import (
     workload_parser,
 )
 from ffw_fast.cli.pages import tell_report
+from ffw_fast.cli.summary import metrics_table
 from ffw_fast.distributed import is_first, started_by_torchrun
 from ffw_fast.own import NAME as OWN
 from ffw_fast.own import TITLE as OWN_TITLE
@@ -21,7 +22,6 @@ from ffw_fast.own import options_in_file
 from ffw_fast.progress import EpochLines, describe_time, make_progress
 from ffw_fast.runs.biased_network import prepare_vanilla
 from ffw_fast.runs.run import run_workload
-from ffw_fast.summary import metrics_table
 from ffw_fast.tables import print_table
 from ffw_fast.workloads import WORKLOADS
 

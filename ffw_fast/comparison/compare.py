@@ -31,7 +31,8 @@ from ffw_fast.runs.request import Request, how_made
 from ffw_fast.runs.run import extraction_task
 from ffw_fast.runs.writing import RESULTS as OF_A_RUN
 from ffw_fast.runs.writing import check_folder, check_free
-from ffw_fast.settings import Settings
+from ffw_fast.settings import METHODS, Settings
+from ffw_fast.sizes import macs
 
 BASELINE_STEPS = 3600  # of the baselines that train on the unbiased set; the best epoch by validation is kept
 UNDER_WAY = "under-way"  # in a seed's folder: checkpoints of its extractions until all its rows are there
@@ -101,7 +102,7 @@ def _compare(request: Request, seeds: list[int], settings: list[Setting], progre
                 sparsity=made.sparsity,
             )
             row |= {"seconds": seconds, "epochs": made.epochs, "needs": made.needs}
-            done.append({"seed": seed, **row, "macs": macs(network, splits.test.x)})
+            done.append({"seed": seed, **row, "macs": compacted_macs(network, splits.test.x)})
             comparison.write(path)
         shutil.rmtree(ours.out / UNDER_WAY, ignore_errors=True)
     return rows
@@ -241,10 +242,8 @@ def _by_magnitude(vanilla: Callable[[], nn.Module], share: float) -> Made:
 
 
 @torch.no_grad()
-def macs(network: nn.Module, x: Inputs) -> int | None:
+def compacted_macs(network: nn.Module, x: Inputs) -> int | None:
     """Multiply-accumulate operations a sample of the compacted network; None without the extra that compacts."""
-    from torch.utils.flop_counter import FlopCounterMode  # imports Triton, which takes a while
-
     example = x[:2].to(next(network.parameters()))
     try:
         with warnings.catch_warnings(), torch.enable_grad():
@@ -252,9 +251,7 @@ def macs(network: nn.Module, x: Inputs) -> int | None:
             small = compact(network, example)
     except ImportError:
         return None
-    with FlopCounterMode(display=False) as counter:
-        small(example[:1])
-    return counter.get_total_flops() // 2
+    return macs(small, example)
 
 
 def all_settings(
@@ -262,5 +259,6 @@ def all_settings(
 ) -> list[Setting]:
     """Every combination of FFW's, and BISE's own."""
     ffw = [Setting(*combination) for combination in product(schedules, gammas, granularities)]
-    bise = Setting("halving", 1.0, "channel", "bise")
+    own = METHODS["bise"]
+    bise = Setting(own["schedule"], own["gamma"], own["granularity"], "bise")
     return [*(ffw if "ffw" in methods else []), *([bise] if "bise" in methods else [])]

@@ -91,7 +91,7 @@ def group_columns(rows: Rows, bias_names: Sequence[str]) -> list[Column]:
     """Accuracy by cells (aligned with which bias), and the information of head and bias."""
     measured = (row.get("groups", {}).get("cells", {}) for found in rows.values() for row in found)
     cells = dict.fromkeys(cell for cells in measured for cell in cells)
-    columns: list[Column] = [(cell.replace("_", " "), _of_cell(cell)) for cell in cells]
+    columns: list[Column] = [(cell, _of_cell(cell)) for cell in cells]
     for index, name in enumerate(bias_names):
         columns += [
             (f"{name}\nMI", _of_bias("bias_mi", index)),

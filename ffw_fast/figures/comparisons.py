@@ -27,7 +27,7 @@ def comparison_rows(comparison: Comparison) -> Rows:
 
 
 def family(method: str) -> str:
-    """What a method's colour tells: "FFW", "FFW, fine-tuned", "magnitude pruning", "vanilla" or "trained anew"."""
+    """What a method's colour tells: vanilla, magnitude pruning, FFW, fine-tuned or not, or the unbiased set alone."""
     if method == "vanilla":
         return "vanilla"
     if MAGNITUDE.match(method):

@@ -12,7 +12,6 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from ffw_fast.bise import guessing_network, with_guessed_bias
 from ffw_fast.data.datasets import stream_note
 from ffw_fast.data.samples import Samples, Splits
 from ffw_fast.distributed import Alone, processes
@@ -26,6 +25,7 @@ from ffw_fast.progress import Progress
 from ffw_fast.run_lock import locked
 from ffw_fast.run_state import CHECKPOINT
 from ffw_fast.runs.biased_network import is_given, keep_vanilla, shared_vanilla
+from ffw_fast.runs.guessed_bias import guessing_network, with_guessed_bias
 from ffw_fast.runs.request import Request, config_of
 from ffw_fast.runs.writing import (
     check_folder,
