@@ -8,7 +8,6 @@ whose outputs are the logits, or a linear projection. So a residual block conv-n
 gates, named after its two convolutions, and the second one also silences what comes through the shortcut.
 """
 
-import fnmatch
 import operator
 from collections import Counter
 from collections.abc import Iterator
@@ -23,7 +22,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
 from ffw_fast.modes import evaluation_mode
-from ffw_fast.parts import DENSE_LAYERS, held_elsewhere, module_of, replace_module
+from ffw_fast.parts import DENSE_LAYERS, held_elsewhere, matching, module_of, replace_module
 
 NOT_ELEMENTWISE = ("MultiheadAttention", "Softmax", "Softmax2d", "Softmin", "LogSoftmax", "GLU")
 ACTIVATIONS = tuple(getattr(activations, name) for name in activations.__all__ if name not in NOT_ELEMENTWISE)
@@ -115,7 +114,9 @@ class ChannelGraph:
                 f"no channel can be gated: in {type(model).__name__} no output of a Conv or Linear layer reaches a "
                 "non-linearity through batch norm, pools and an addition at most"
             )
-        self.places = {name: every[name] for name in _chosen(list(every), where)}
+        patterns = ["*"] if where is None else [pattern.strip() for pattern in where.split(",")]
+        chosen = matching(list(every), patterns, "where", "layers with a channel gate")
+        self.places = {name: every[name] for name in chosen}
 
     @property
     def shapes(self) -> dict[str, torch.Size]:
@@ -375,17 +376,6 @@ def _columns(layer: Any, alive: Tensor | None) -> Tensor:
     if len(alive) != layer.in_channels:
         return every.expand(len(layer.weight), 1)
     return alive.view(layer.groups, -1).repeat_interleave(len(layer.weight) // layer.groups, dim=0)
-
-
-def _chosen(names: list[str], where: str | None) -> list[str]:
-    """The names that match one of the patterns, in their order."""
-    if where is None:
-        return names
-    patterns = [pattern.strip() for pattern in where.split(",")]
-    for pattern in patterns:
-        if not fnmatch.filter(names, pattern):
-            raise ValueError(f"where: {pattern!r} matches none of the layers with a channel gate: {', '.join(names)}")
-    return [name for name in names if any(fnmatch.fnmatch(name, pattern) for pattern in patterns)]
 
 
 @torch.no_grad()

@@ -1,7 +1,6 @@
 """Masked layers: drop-ins for PyTorch's dense layers with one gate per frozen weight."""
 
 import copy
-import fnmatch
 import math
 import numbers
 from collections.abc import Callable, Iterable, Iterator
@@ -17,7 +16,7 @@ from ffw_fast.autograd import GatedConv2d, GatedLinear, GateWeight
 from ffw_fast.channels import ChannelGraph, ChannelMask
 from ffw_fast.fusion import fuses
 from ffw_fast.gates import gate_kind
-from ffw_fast.parts import held_elsewhere, replace_module
+from ffw_fast.parts import held_elsewhere, matching, replace_module
 
 FLAT_ALIGNMENT = 16  # elements; each layer's gates start at such a multiple in the network's flat list of gates
 GATED_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -283,12 +282,7 @@ def _chosen(names: list[str], include: LayerFilter) -> set[str]:
     patterns = (include,) if isinstance(include, str) else include
     if not isinstance(patterns, Iterable):
         raise TypeError(f"include must be a predicate or patterns of names, got {type(include).__name__}")
-    chosen: set[str] = set()
-    for pattern in patterns:
-        if not (matches := fnmatch.filter(names, pattern)):
-            raise ValueError(f"include: {pattern!r} matches none of the Conv and Linear layers: {', '.join(names)}")
-        chosen.update(matches)
-    return chosen
+    return set(matching(names, list(patterns), "include", "Conv and Linear layers"))
 
 
 def _why_none(model: nn.Module, found: dict[str, nn.Module]) -> str:

@@ -1,6 +1,7 @@
 """Parts of a model: which one a graph calls, another one in its place, and those reached past the model's tree."""
 
-from collections.abc import Collection, Iterator
+import fnmatch
+from collections.abc import Collection, Iterator, Sequence
 from types import MethodType
 from typing import Any
 
@@ -22,6 +23,14 @@ def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
     parent, _, child = name.rpartition(".")
     module.train(model.get_submodule(name).training)
     setattr(model.get_submodule(parent), child, module)
+
+
+def matching(names: Sequence[str], patterns: Sequence[str], option: str, kind: str) -> list[str]:
+    """The names that match one of the shell-style patterns, in their order. ``ValueError`` where one matches none."""
+    for pattern in patterns:
+        if not fnmatch.filter(names, pattern):
+            raise ValueError(f"{option}: {pattern!r} matches none of the {kind}: {', '.join(names)}")
+    return [name for name in names if any(fnmatch.fnmatch(name, pattern) for pattern in patterns)]
 
 
 def held_elsewhere(model: nn.Module, parts: Collection[nn.Module]) -> dict[nn.Module, str]:
