@@ -39,7 +39,7 @@ from ffw_fast.kernels.matmul import (
 from ffw_fast.kernels.tiles import Tile, choose_splits, choose_tile
 from torch import Tensor
 
-from ffw_fast.memory import image_format
+from ffw_fast.image_format import image_format
 
 # Sizes that no variant is compiled for. Channel counts are not among them: loads are 16 bytes wide only if
 # those are known to be multiples of 16.
