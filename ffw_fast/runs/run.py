@@ -12,13 +12,14 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from ffw_fast.channels import ChannelGraph
 from ffw_fast.data.datasets import stream_note
 from ffw_fast.data.samples import Samples, Splits
 from ffw_fast.distributed import Alone, processes
 from ffw_fast.extract import extract_by
 from ffw_fast.extraction import CONFIG, METRICS, Extraction, sparsity, weight_sparsity
 from ffw_fast.files import read_json, write_json
-from ffw_fast.inputs import check_device
+from ffw_fast.inputs import check_device, prepare
 from ffw_fast.interrupts import Terminated
 from ffw_fast.leakage import leakage
 from ffw_fast.progress import Progress
@@ -83,12 +84,14 @@ def _run_locked(request: Request, config: dict[str, Any], progress: Progress, gr
             del sets["test"]
         config["samples"] = {name: len(samples.y) for name, samples in sets.items() if samples is not None}
         config["input_shape"] = list(splits.train.x.shape[1:])
-        for name in sets.keys() - {"vanilla"}:
-            progress.note(stream_note(sets[name], name))
+        for name, samples in sets.items():
+            progress.note(None if name == "vanilla" else stream_note(samples, name))
         names = _bias_names(request.workload, splits.train.b.shape[1])
         clock.lap("data")
         task = extraction_task(request, splits)
         config["settings"] = task.settings.as_dict()
+        if not is_given(request, splits):  # what does not fit is found out before its training, and before it is kept
+            group.together(lambda: check_task(task, request.workload.build_model(request.seed)))
         vanilla = shared_vanilla(request, splits, progress, group)
         clock.lap("vanilla")
         extracting = _Extracting(request, task, vanilla, lambda: _begin(request, config, splits, vanilla))
@@ -178,6 +181,14 @@ def extraction_task(request: Request, splits: Splits) -> Task:
     elif settings.correlations is None:
         settings = replace(settings, correlations=splits.correlations)
     return Task(settings, train, val)
+
+
+def check_task(task: Task, model: nn.Module) -> None:
+    """``ValueError`` or ``TypeError``, as ``extract`` has it, where data and settings do not fit a model of this kind."""
+    settings = task.settings
+    prepare(model, task.train, task.val, settings)
+    if settings.granularity == "channel":
+        ChannelGraph(model.eval(), settings.where).check_bottleneck(settings.bottleneck)
 
 
 class _Extracting:

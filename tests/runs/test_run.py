@@ -239,6 +239,15 @@ def test_an_interrupt_before_the_first_epoch_leaves_the_results_of_another_run(f
     assert json.loads((finished / "config.json").read_text())["settings"]["gamma"] == 3.0
 
 
+def test_patterns_that_match_nothing_are_refused_before_another_network_is_trained(finished):
+    before, stages = contents(finished), Stages()
+    wrong = {"max_epochs": 2, "granularity": "channel", "where": "conv*"}
+    with pytest.raises(ValueError, match=r"where: 'conv\*' matches none"):
+        run_workload(request_for(finished, seed=1, extraction=wrong), stages)
+    assert contents(finished) == before
+    assert "vanilla training" not in stages.seen
+
+
 def test_an_interrupted_run_is_measured_and_ends_as_if_nothing_had_happened(finished, tmp_path_factory):
     other = tmp_path_factory.mktemp("interrupted")
     request = request_for(other, extraction={"max_epochs": 5})
