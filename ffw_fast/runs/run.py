@@ -184,7 +184,7 @@ def extraction_task(request: Request, splits: Splits) -> Task:
 
 
 def check_task(task: Task, model: nn.Module) -> None:
-    """``ValueError`` or ``TypeError``, as ``extract`` has it, where data and settings do not fit a model of this kind."""
+    """The errors of ``extract`` where data and settings do not fit a model of this kind."""
     settings = task.settings
     prepare(model, task.train, task.val, settings)
     if settings.granularity == "channel":
