@@ -56,8 +56,6 @@ def _modules_in(value: Any, seen: set[int]) -> Iterator[nn.Module]:
         yield value
     elif isinstance(value, MethodType):
         yield from _modules_in(value.__self__, seen)
-    elif isinstance(value, dict):
-        yield from _modules_in(list(value.values()), seen)
-    elif isinstance(value, list | tuple | set | frozenset):
-        for part in value:
+    elif isinstance(value, dict | list | tuple | set | frozenset):
+        for part in value.values() if isinstance(value, dict) else value:
             yield from _modules_in(part, seen)
