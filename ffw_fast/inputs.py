@@ -48,7 +48,9 @@ class Problem:
 
 
 def check_device(device: torch.device | str | None) -> None:
-    """``ValueError`` for a device that PyTorch does not know or cannot compute on."""
+    """``ValueError`` for a device that PyTorch does not know or cannot compute on; None, for no other one, is none."""
+    if device is None:
+        return
     try:
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:  # without PyTorch's advice to developers

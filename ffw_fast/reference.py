@@ -23,7 +23,7 @@ from ffw_fast.copies import copy_of
 from ffw_fast.data.samples import Samples, batches_of
 from ffw_fast.extraction import Extraction, gated_tensors, masks_of, sparsity, weight_sparsity
 from ffw_fast.gates import GateKind, gate, gate_movement, gate_slope, half_open
-from ffw_fast.inputs import Problem, prepare
+from ffw_fast.inputs import Problem, check_device, prepare
 from ffw_fast.loop import GATE_EPOCHS
 from ffw_fast.measure import Measurement, measure
 from ffw_fast.modes import training_modes
@@ -63,6 +63,7 @@ def extract(
         raise ValueError("the reference keeps no checkpoints and cannot resume; use ffw_fast.extract")
     checked = Settings.of(**settings)
     val_is_given = val is not None
+    check_device(device)
     problem = prepare(model, train, val, checked)
     RunState(run_dir, {}, resume=False)  # a folder that cannot be written is refused before any work
     where = torch.device(device) if device is not None else next(model.parameters()).device

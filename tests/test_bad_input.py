@@ -108,6 +108,8 @@ def changed(tensor, value):
         ({"model": nn.Sequential(nn.ReLU())}, "nothing to mask: Sequential has no Conv or Linear layer"),
         ({"model": modules.mask_model(network())}, "layers 'fc1', 'classifier' are masked already"),
         ({"model": network().half()}, "layer 'fc1' is torch.float16, but scores are learned in float32 or float64"),
+        ({"device": "tpu9"}, "cannot run on device 'tpu9'"),
+        ({"device": "meta"}, "cannot run on device 'meta'"),
         ({"resume": True}, "resume"),
     ],
 )
