@@ -23,7 +23,7 @@ from setuptools.command.build_ext import build_ext
 OLDEST_TORCH = (2, 10)
 STABLE_ABI = f"-DTORCH_TARGET_VERSION=0x{OLDEST_TORCH[0]:02x}{OLDEST_TORCH[1]:02x}000000000000"
 CHOICES = ("auto", "cpu", "cuda", "none")
-CHOICE = os.environ.get("FFW_FAST_BUILD", "auto")
+CHOICE = os.environ.get("FFW_FAST_BUILD") or "auto"
 OPTIONAL = CHOICE == "auto"
 CUDA_ARCHITECTURES = ("80", "90")  # the last one also as PTX, for what comes after it
 
@@ -32,6 +32,8 @@ def find_torch() -> Path | None:
     """Folder of a recent enough PyTorch: in this environment or, in an isolated build, in the one behind it."""
     behind = [sysconfig.get_path("purelib"), sysconfig.get_path("platlib")]
     for found in metadata.distributions(name="torch", path=[*sys.path, *behind]):
+        if found.metadata["Version"] is None:  # what a removal left
+            continue
         if tuple(int(part) for part in found.version.split(".")[:2]) >= OLDEST_TORCH:
             return Path(str(found.locate_file("torch")))
     return None
@@ -84,12 +86,26 @@ def extensions(torch: Path | None) -> list[Extension]:
 
 
 class BuildLibraries(build_ext):
-    """``build_ext`` that hands ``_cuda`` to nvcc."""
+    """``build_ext`` that hands ``_cuda`` to nvcc, and leaves no library of an earlier build where this one fails."""
+
+    def run(self) -> None:
+        is_in_place = self.inplace
+        super().run()
+        for ext in self.extensions if is_in_place else ():
+            if not Path(self.build_lib, self.get_ext_filename(ext.name)).exists():
+                Path(self.get_ext_filename(ext.name)).unlink(missing_ok=True)
 
     def build_extension(self, ext: Extension) -> None:
-        if not ext.name.endswith("_cuda"):
-            super().build_extension(ext)
-            return
+        try:
+            if ext.name.endswith("_cuda"):
+                self.build_with_nvcc(ext)
+            else:
+                super().build_extension(ext)
+        except BaseException:
+            Path(self.get_ext_fullpath(ext.name)).unlink(missing_ok=True)
+            raise
+
+    def build_with_nvcc(self, ext: Extension) -> None:
         nvcc, target = find_nvcc(), Path(self.get_ext_fullpath(ext.name))
         if nvcc is None or not ext.sources:
             raise SystemExit("ffw_fast: FFW_FAST_BUILD=cuda needs nvcc (set CUDA_HOME) and the sources in csrc/cuda")

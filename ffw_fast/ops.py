@@ -188,7 +188,12 @@ def gated_adam_step_default_(
     measure: bool,
 ) -> None:
     _check_pair(weight, scores, temperature, draw)
-    gradient = gate_weight_backward_default(grad, weight, scores, temperature, draw, kind)
+    kept = scores, exp_avg, exp_avg_sq
+    precision = torch.promote_types(scores.dtype, torch.float32)  # that of the arithmetic; eps is 0 in 16 bits
+    scores, exp_avg, exp_avg_sq = (tensor.to(precision) for tensor in kept)
+    gradient = gate_weight_backward_default(
+        grad.to(precision), weight.to(precision), scores, temperature, draw, kind
+    )
     gradient = gradient.add(scores, alpha=weight_decay)  # L2, not decoupled
     exp_avg.lerp_(gradient, 1 - beta1)
     exp_avg_sq.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
@@ -196,6 +201,9 @@ def gated_adam_step_default_(
     size = (lr.double() / (1 - beta1**count)).to(scores.dtype)
     scale = (1 - beta2**count).sqrt().to(scores.dtype)
     scores.sub_(size * exp_avg / (exp_avg_sq.sqrt() / scale + eps))
+    for tensor, value in zip(kept, (scores, exp_avg, exp_avg_sq), strict=True):
+        tensor.copy_(value)  # nothing where they are the same
+    scores = kept[0]
     gated.copy_(gate_weight_default(weight, scores, next_temperature, next_draw, kind))
     if measure:
         uniforms = _uniform(GateKind(kind), scores, next_draw)

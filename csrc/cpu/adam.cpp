@@ -42,6 +42,8 @@ double adam_dense(const Buffers& buffers, int64_t count, const Step& step, const
                                 inverse};
     T* gated = buffers.gated.target(start, v);
     loop.adam_step[kind](block, adam, n);
+    buffers.scores.write(start, n, block.scores);
+    buffers.scores.update(start, n, block.scores);  // the gate is that of the scores as they are kept
     if (step.measure) {
       movements[start / block_size] =
           loop.gate_weight_and_movement[kind](block.weight, block.scores, next_u, next_inverse, gated, n);
@@ -49,7 +51,6 @@ double adam_dense(const Buffers& buffers, int64_t count, const Step& step, const
       loop.gate_weight[kind](block.weight, block.scores, next_u, next_inverse, gated, n);
     }
     buffers.gated.write(start, n, gated);
-    buffers.scores.write(start, n, block.scores);
     buffers.exp_avg.write(start, n, block.exp_avg);
     buffers.exp_avg_sq.write(start, n, block.exp_avg_sq);
   });

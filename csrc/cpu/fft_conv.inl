@@ -499,6 +499,12 @@ FFW_HELPER int64_t tile_start(const Tiling& tiles, int64_t index) {
 // Four floats: blocks of 4 x 4 are what operands are packed in.
 typedef float Quad __attribute__((vector_size(16)));
 typedef float UnalignedQuad __attribute__((vector_size(16), aligned(sizeof(float)), may_alias));
+#if defined(__clang__)
+#define FFW_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else  // GCC has that from version 12 on
+typedef int QuadIndices __attribute__((vector_size(16)));
+#define FFW_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, QuadIndices{__VA_ARGS__})
+#endif
 
 FFW_HELPER void store_quad(float* to, Quad value) { *reinterpret_cast<UnalignedQuad*>(to) = value; }
 FFW_HELPER Quad load_quad(const float* from) { return *reinterpret_cast<const UnalignedQuad*>(from); }
@@ -511,14 +517,14 @@ FFW_HELPER void load_block(const float* from, int64_t row_stride, int64_t column
   }
   const Quad a = load_quad(from), b = load_quad(from + row_stride), c = load_quad(from + 2 * row_stride),
              d = load_quad(from + 3 * row_stride);
-  const Quad ab_low = __builtin_shufflevector(a, b, 0, 4, 1, 5),
-             ab_high = __builtin_shufflevector(a, b, 2, 6, 3, 7);
-  const Quad cd_low = __builtin_shufflevector(c, d, 0, 4, 1, 5),
-             cd_high = __builtin_shufflevector(c, d, 2, 6, 3, 7);
-  block[0] = __builtin_shufflevector(ab_low, cd_low, 0, 1, 4, 5);
-  block[1] = __builtin_shufflevector(ab_low, cd_low, 2, 3, 6, 7);
-  block[2] = __builtin_shufflevector(ab_high, cd_high, 0, 1, 4, 5);
-  block[3] = __builtin_shufflevector(ab_high, cd_high, 2, 3, 6, 7);
+  const Quad ab_low = FFW_SHUFFLE(a, b, 0, 4, 1, 5),
+             ab_high = FFW_SHUFFLE(a, b, 2, 6, 3, 7);
+  const Quad cd_low = FFW_SHUFFLE(c, d, 0, 4, 1, 5),
+             cd_high = FFW_SHUFFLE(c, d, 2, 6, 3, 7);
+  block[0] = FFW_SHUFFLE(ab_low, cd_low, 0, 1, 4, 5);
+  block[1] = FFW_SHUFFLE(ab_low, cd_low, 2, 3, 6, 7);
+  block[2] = FFW_SHUFFLE(ab_high, cd_high, 0, 1, 4, 5);
+  block[3] = FFW_SHUFFLE(ab_high, cd_high, 2, 3, 6, 7);
 }
 
 // The same at the matrix's edge: elements beyond `rows` x `columns` are zero.

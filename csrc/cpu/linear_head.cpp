@@ -152,7 +152,7 @@ class Head {
     return total;
   }
 
-  static int64_t grain(int64_t work_a_task) { return std::max<int64_t>(1, work_a_thread / work_a_task); }
+  static int64_t grain(int64_t work_a_task) { return work_a_thread / std::clamp<int64_t>(work_a_task, 1, work_a_thread); }
 
   const Problem& problem_;
   const Sgd<T>& sgd_;

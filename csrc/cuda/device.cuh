@@ -48,7 +48,9 @@
 namespace ffw::cuda {
 
 inline void check_cuda(cudaError_t status) {
-  if (status != cudaSuccess) throw std::runtime_error(std::string("CUDA error: ") + cudaGetErrorString(status));
+  if (status == cudaSuccess) return;
+  cudaGetLastError();  // or the check behind the next launch, which has nothing to do with this, would find it again
+  throw std::runtime_error(std::string("CUDA error: ") + cudaGetErrorString(status));
 }
 
 // Bytes of shared memory that one block may ask for on the current device.
