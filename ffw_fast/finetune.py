@@ -38,6 +38,7 @@ def finetune(
     gamma: float = 0.0,
     lr: float = LR,
     validate_every: int = 1,
+    from_scratch: bool = False,
 ) -> nn.Module:
     """Train the weights that the masks keep, and the same layers' biases, by Adam on ``alpha CE + gamma MI``.
 
@@ -52,6 +53,8 @@ def finetune(
         settings: of the extraction, for the bottleneck, alpha, batch size and seed; those of BISE reweight the
             cross-entropy of its biased training set (``ffw_fast.bise``).
         validate_every: epochs from one validation to the next, for few samples that make short epochs.
+        from_scratch: the network has learned nothing yet: all its parameters are trained, in training mode, so that
+            batch norm learns its statistics. A minibatch of one sample, which has none, is left out.
 
     Returns:
         The network of the epoch with the highest validation task accuracy (the earliest of equals), in eval mode; the
@@ -70,6 +73,8 @@ def finetune(
     train, val = problem.train, problem.val
     network = copy_of(model).eval().requires_grad_(False)
     opened, hooks = _open(network, masks)
+    if from_scratch:
+        opened = list(network.requires_grad_(True).parameters())
     optimizer = torch.optim.Adam(opened, lr)
     heads = PrivateHeads.of(settings, train, problem.width)
     reader = _Reader(network, settings.bottleneck)
@@ -80,7 +85,10 @@ def finetune(
             if gamma > 0:
                 heads.fit_on(train, reader.features, settings.cache_augmented)
             rows = epoch_order(len(train.y), settings.seed, FINETUNE_EPOCHS, epoch)
+            network.train(from_scratch)
             for x, y, b in train.batches(rows, settings.batch_size):
+                if from_scratch and len(y) == 1:
+                    continue
                 optimizer.zero_grad()
                 features, logits = reader(x)
                 loss(logits, y, heads.logits(features.detach()), b).backward(logits, features, heads)
@@ -89,10 +97,11 @@ def finetune(
                     heads.step(features, b)
             if (epoch + 1) % validate_every and epoch + 1 < epochs:
                 continue
+            network.eval()
             reached = reader.accuracy(val)
             if reached > best_accuracy or not val_is_given:
                 best, best_accuracy = copy.deepcopy(network.state_dict()), reached
-    network.load_state_dict(best)
+    network.eval().load_state_dict(best)
     for hook in (reader.hook, *hooks):
         hook.remove()
     for ours, theirs in zip(network.parameters(), model.parameters(), strict=True):

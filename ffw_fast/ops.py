@@ -191,9 +191,7 @@ def gated_adam_step_default_(
     kept = scores, exp_avg, exp_avg_sq
     precision = torch.promote_types(scores.dtype, torch.float32)  # that of the arithmetic; eps is 0 in 16 bits
     scores, exp_avg, exp_avg_sq = (tensor.to(precision) for tensor in kept)
-    gradient = gate_weight_backward_default(
-        grad.to(precision), weight.to(precision), scores, temperature, draw, kind
-    )
+    gradient = gate_weight_backward_default(grad.to(precision), weight.to(precision), scores, temperature, draw, kind)
     gradient = gradient.add(scores, alpha=weight_decay)  # L2, not decoupled
     exp_avg.lerp_(gradient, 1 - beta1)
     exp_avg_sq.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)

@@ -18,7 +18,7 @@ MAGNITUDE_SPARSITIES = (0.5, 0.75, 0.9, 0.95, 0.975)  # Table 7 of the FFW paper
 
 
 def magnitude_masks(model: nn.Module, sparsity: float) -> dict[str, Tensor]:
-    """Masks that prune the smallest weights of all Conv and Linear layers together, up to that share of them.
+    """Masks that prune the smallest weights of all Conv and Linear layers together, that share of them.
 
     Raises:
         ValueError: the sparsity is not in [0, 1).
@@ -28,8 +28,10 @@ def magnitude_masks(model: nn.Module, sparsity: float) -> dict[str, Tensor]:
     weights = {name: layer.weight.detach().abs() for name, layer in maskable_layers(model).items()}
     flat = torch.cat([weight.flatten() for weight in weights.values()])
     pruned = round(sparsity * len(flat))
-    threshold = flat.kthvalue(pruned).values if pruned else flat.new_tensor(-1.0)
-    return {name: weight > threshold for name, weight in weights.items()}
+    kept = torch.ones_like(flat, dtype=torch.bool)
+    kept[flat.argsort(stable=True)[:pruned]] = False  # of equal ones the first
+    parts = kept.split([weight.numel() for weight in weights.values()])
+    return {name: part.view_as(weight) for (name, weight), part in zip(weights.items(), parts, strict=True)}
 
 
 def prune_by_magnitude(model: nn.Module, sparsity: float) -> nn.Module:
@@ -83,14 +85,25 @@ def _read_by(model: nn.Module, name: str, sets: list[Samples]) -> list[Samples] 
 
 
 def train_on_unbiased(model: nn.Module, train: Samples, val: Samples, settings: Settings, epochs: int) -> nn.Module:
-    """All weights trained on the unbiased set, best epoch by ``val``: of the biased network, or of a fresh one."""
+    """All Conv and Linear weights of the biased network trained on the unbiased set, best epoch by ``val``."""
     return _trained(model, all_weights(model), train, val, settings, epochs)
 
 
+def train_from_scratch(model: nn.Module, train: Samples, val: Samples, settings: Settings, epochs: int) -> nn.Module:
+    """A fresh network trained on the unbiased set, batch norm included, best epoch by ``val``."""
+    return _trained(model, all_weights(model), train, val, settings, epochs, from_scratch=True)
+
+
 def _trained(
-    model: nn.Module, masks: dict[str, Tensor], train: Samples, val: Samples, settings: Settings, epochs: int
+    model: nn.Module,
+    masks: dict[str, Tensor],
+    train: Samples,
+    val: Samples,
+    settings: Settings,
+    epochs: int,
+    from_scratch: bool = False,
 ) -> nn.Module:
     """Those weights trained on the unbiased set; epochs of a few steps are not each worth a validation."""
     steps = -(-len(train.y) // settings.batch_size)
     every = -(-VALIDATION_STEPS // steps)
-    return finetune(model, masks, train, val, settings, epochs=epochs, validate_every=every)
+    return finetune(model, masks, train, val, settings, epochs=epochs, validate_every=every, from_scratch=from_scratch)

@@ -16,7 +16,13 @@ import torch
 from torch import nn
 
 from ffw_fast.compact import compact
-from ffw_fast.comparison.baselines import MAGNITUDE_SPARSITIES, prune_by_magnitude, refit_last_layer, train_on_unbiased
+from ffw_fast.comparison.baselines import (
+    MAGNITUDE_SPARSITIES,
+    prune_by_magnitude,
+    refit_last_layer,
+    train_from_scratch,
+    train_on_unbiased,
+)
 from ffw_fast.comparison.record import RESULTS, Comparison, Rows, read_comparison
 from ffw_fast.data.samples import Inputs, Splits
 from ffw_fast.extract import extract_by
@@ -170,7 +176,7 @@ def _methods(
     yield "DFR", lambda: trained(refit_last_layer, vanilla)
     yield "all weights fine-tuned", lambda: trained(train_on_unbiased, vanilla)
     fresh = partial(request.workload.build_model, request.seed)
-    yield "trained on the unbiased set alone", lambda: trained(train_on_unbiased, fresh)
+    yield "trained on the unbiased set alone", lambda: trained(train_from_scratch, fresh)
     for setting in settings:
         extraction = _Extracted(request, splits, vanilla, setting, progress)
         yield str(setting), extraction.pruned

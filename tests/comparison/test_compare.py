@@ -10,7 +10,13 @@ import torch
 from torch import nn
 
 from ffw_fast.cli import main
-from ffw_fast.comparison.baselines import all_weights, magnitude_masks, prune_by_magnitude, refit_last_layer
+from ffw_fast.comparison.baselines import (
+    all_weights,
+    magnitude_masks,
+    prune_by_magnitude,
+    refit_last_layer,
+    train_from_scratch,
+)
 from ffw_fast.comparison.compare import Setting, all_settings, compare
 from ffw_fast.data.samples import Samples
 from ffw_fast.finetune import finetune
@@ -31,6 +37,28 @@ def test_magnitude_pruning_removes_the_smallest_weights_of_all_layers_together(s
     assert len(gone) == 0 or gone.max() <= kept.min()
     pruned = prune_by_magnitude(model, sparsity)
     assert all(not pruned.get_submodule(name).weight[~mask].any() for name, mask in masks.items())
+
+
+def test_of_equal_weights_as_many_are_pruned_as_of_others():
+    model = nn.Sequential(nn.Linear(8, 4), nn.Linear(4, 2))
+    nn.init.ones_(model[0].weight)
+    nn.init.ones_(model[1].weight)
+    masks = magnitude_masks(model, 0.25)
+    assert sum(int((~mask).sum()) for mask in masks.values()) == 10
+
+
+def test_a_network_from_scratch_learns_its_batch_norm_too():
+    train, val = Samples(*biased_set(101, seed=1)), Samples(*biased_set(200, seed=2))
+    fresh = network()
+    for layer in (fresh.conv1, fresh.norm1, fresh.conv2, fresh.norm2, fresh.classifier):
+        layer.reset_parameters()
+    trained = train_from_scratch(fresh, train, val, Settings(BOTTLENECK, CLASSES, batch_size=50), epochs=20)
+    for norm in (trained.norm1, trained.norm2):
+        assert norm.running_mean.any()
+        assert (norm.weight != 1).any()
+        assert norm.bias.any()
+    assert not trained.training
+    assert not fresh.norm1.running_mean.any(), "the network that was given stays as it was"
 
 
 def test_an_impossible_sparsity_is_refused():
