@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
@@ -33,15 +33,11 @@ FUNCTIONS = frozenset(  # as functions and, where tensors have them, as methods
     )
 )
 ADDITIONS = (operator.add, operator.iadd, torch.add)
-POOLS = tuple(
-    getattr(nn, f"{kind}Pool{dimensions}d")
-    for kind in ("Max", "Avg", "AdaptiveAvg", "AdaptiveMax")
-    for dimensions in (1, 2, 3)
-)
-POOL_FUNCTIONS = frozenset(
-    f"{kind}_pool{dimensions}d" for kind in ("max", "avg", "adaptive_avg", "adaptive_max") for dimensions in (1, 2, 3)
-)
-STATELESS = (nn.Identity, _DropoutNd, *POOLS)
+POOL_KINDS = ("Max", "Avg", "AdaptiveAvg", "AdaptiveMax")
+POOLS = {d: tuple(getattr(nn, f"{kind}Pool{d}d") for kind in POOL_KINDS) for d in (1, 2, 3)}  # by their dimensions
+POOL_FUNCTIONS = {f"{kind}_pool{d}d": d for kind in ("max", "avg", "adaptive_avg", "adaptive_max") for d in (1, 2, 3)}
+PASSING_FUNCTIONS = POOL_FUNCTIONS.keys() | {"dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout"}
+STATELESS = (nn.Identity, _DropoutNd, *POOLS[1], *POOLS[2], *POOLS[3])
 PASSING = (
     _BatchNorm,
     *STATELESS,
@@ -50,7 +46,18 @@ HOOKS = (
     *("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs"),
     *("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
 )
-ALIKE_FUNCTIONS = FUNCTIONS | POOL_FUNCTIONS | {"flatten", "mean"}  # channels constant where their input's are
+FLATTENED = -1
+
+
+class Alive(NamedTuple):
+    """Which channels of a tensor may be other than constant, boolean (channels,), and where they lie.
+
+    ``layout`` is the number of dimensions behind theirs, which is the second; 0 where theirs is the last, as behind a
+    Linear layer; ``FLATTENED`` where each is several features of the last.
+    """
+
+    channels: Tensor
+    layout: int
 
 
 @dataclass(frozen=True)
@@ -89,8 +96,8 @@ class ChannelMask(nn.Module):
         super().__init__()
         self.register_buffer("mask", mask)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return x * self.mask.to(x.dtype)
+    def forward(self, input: Tensor) -> Tensor:
+        return input * self.mask.to(input.dtype)
 
 
 class ChannelGraph:
@@ -210,7 +217,7 @@ class ChannelGraph:
 
         What the graph does not show (channels that are concatenated or permuted) counts as alive.
         """
-        alive: dict[fx.Node, Tensor | None] = {}
+        alive: dict[fx.Node, Alive | None] = {}
         behind = {place.node: masks[name] for name, place in self.places.items()}
         rows_of = self.kept_rows(masks)
         gone: dict[str, int] = {}
@@ -225,23 +232,38 @@ class ChannelGraph:
                 kept = int((rows.unsqueeze(1) & columns).sum()) * (layer.weight.numel() // columns.numel())
                 total[name] = layer.weight.numel()
                 gone[name] = min(gone.get(name, total[name]), total[name] - kept)  # of several calls
-                alive[node] = rows
+                alive[node] = Alive(rows, layer.weight.dim() - 2)
             if node in behind:
-                reached = alive[node]
-                alive[node] = behind[node] if reached is None else reached & behind[node]
+                reached, mask = alive[node], behind[node]
+                layout = len(next(place.shape for place in self.places.values() if place.node is node)) - 1
+                alive[node] = Alive(mask if reached is None else reached.channels & mask, layout)
         return sum(gone.values()) / sum(total.values())
 
-    def _alive(self, node: fx.Node, inputs: list[Tensor | None]) -> Tensor | None:
+    def _alive(self, node: fx.Node, inputs: list[Alive | None]) -> Alive | None:
         """Which channels of a node's output may be other than constant; None: any."""
-        module = self._module(node)
-        same = isinstance(module, (*PASSING, *ACTIVATIONS, nn.Flatten))
-        if (same or _name(node) in ALIKE_FUNCTIONS) and len(inputs) == 1:
-            return inputs[0]
+        module, name = self._module(node), _name(node)
         if _is_addition(node) and len(inputs) == 2:
             first, second = inputs
-            if first is not None and second is not None and first.shape == second.shape:
-                return first | second
-        return None
+            if first is None or second is None or first.layout != second.layout:
+                return None
+            same = first.channels.shape == second.channels.shape
+            return Alive(first.channels | second.channels, first.layout) if same else None
+        if len(inputs) != 1 or (source := inputs[0]) is None:
+            return None
+        if dimensions := self._pooled(node):
+            return source if dimensions == source.layout else None
+        if isinstance(module, nn.Flatten) or name == "flatten":
+            return _flattened(node, module, source)
+        if name == "mean":
+            return _averaged(node, source)
+        same = isinstance(module, (*PASSING, *ACTIVATIONS)) or name in FUNCTIONS or name in PASSING_FUNCTIONS
+        return source if same else None
+
+    def _pooled(self, node: fx.Node) -> int:
+        """The number of dimensions that a pool runs over; 0 where the node is none."""
+        module = self._module(node)
+        kinds = (dimensions for dimensions, pools in POOLS.items() if isinstance(module, pools))
+        return next(kinds, POOL_FUNCTIONS.get(_name(node), 0))
 
     @cached_property
     def _needs_graph(self) -> bool:
@@ -266,12 +288,13 @@ class ChannelGraph:
         for node in self.graph.nodes:
             if not self._is_activation(node):
                 continue
-            found = [(depth, order[name], name) for depth, name in self._sources(node.args[0]) if name not in taken]
-            if not found:
+            sources = list(self._sources(_input(node)))
+            found = [(depth, order[name], name) for depth, name in sources if name not in taken]
+            if not found or any(name == "" for _depth, name in sources):
                 continue
             name = min(found)[2]
             layer: Any = self.model.get_submodule(name)
-            trail, is_silent = self._silent(node.args[0])
+            trail, is_silent = self._silent(_input(node))
             modules = {module: self.model.get_submodule(module) for module in trail}
             silent = {module: part for module, part in modules.items() if isinstance(part, (*DENSE_LAYERS, _BatchNorm))}
             if any(_channels(part) != len(layer.weight) for part in silent.values()):
@@ -283,27 +306,34 @@ class ChannelGraph:
             yield Place(name, node, shape, tuple(silent), is_silent and zero, tuple(between))
 
     def _is_activation(self, node: fx.Node) -> bool:
-        if not node.users or not node.args or not isinstance(node.args[0], fx.Node):
+        if not node.users or _input(node) is None:
             return False  # a statement that works in place has no output that a gate could multiply
         return isinstance(self._module(node), ACTIVATIONS) or _name(node) in FUNCTIONS
 
-    def _sources(self, node: Any, depth: int = 0, additions: int = 1) -> Iterator[tuple[int, str]]:
-        """(distance, name) of the layers that a non-linearity's input comes from."""
+    def _sources(
+        self, node: Any, depth: int = 0, additions: int = 1, pools: frozenset[int] = frozenset()
+    ) -> Iterator[tuple[int, str]]:
+        """(distance, name) of the layers that a non-linearity's input comes from, through pools of these dimensions.
+
+        The name is empty where a pool mixes the channels of a layer that it is not made for.
+        """
         if self._is_layer(node):
+            layer: Any = self._module(node)
             if self._runs_once(node):
-                yield depth, str(node.target)
-        elif isinstance(self._module(node), PASSING) or _name(node) in POOL_FUNCTIONS:
-            yield from self._sources(node.args[0], depth + 1, additions)
+                yield depth, str(node.target) if pools <= {layer.weight.dim() - 2} else ""
+        elif isinstance(self._module(node), PASSING) or _name(node) in PASSING_FUNCTIONS:
+            pooled = pools | {self._pooled(node)} - {0}
+            yield from self._sources(_input(node), depth + 1, additions, pooled)
         elif _is_addition(node) and additions:
             for source in node.all_input_nodes:
-                yield from self._sources(source, depth + 1, additions - 1)
+                yield from self._sources(source, depth + 1, additions - 1, pools)
 
     def _silent(self, node: Any, additions: int = 1) -> tuple[tuple[str, ...], bool]:
         """Modules in which zeros can stand, or which then give zeros, and whether they make the node's output zero.
 
         Where a layer is read elsewhere too, the batch norm behind it can be zero; one without weight and bias cannot.
         """
-        if len(node.users) != 1:
+        if node is None or len(node.users) != 1:
             return (), False
         if _is_addition(node) and additions:
             parts = [self._silent(source, additions - 1) for source in node.all_input_nodes]
@@ -311,27 +341,27 @@ class ChannelGraph:
             return tuple(name for names, _zero in parts for name in names), is_zero
         module, name = self._module(node), str(node.target)
         if not self._runs_once(node):
-            passes = isinstance(module, STATELESS) or _name(node) in POOL_FUNCTIONS
-            return self._silent(node.args[0], additions) if passes else ((), False)
+            passes = isinstance(module, STATELESS) or _name(node) in PASSING_FUNCTIONS
+            return self._silent(_input(node), additions) if passes else ((), False)
         if type(module) in DENSE_LAYERS:
             return (name,), True
         if not isinstance(module, PASSING) or (isinstance(module, _BatchNorm) and module.weight is None):
             return (), False
-        names, zero = self._silent(node.args[0], additions)
+        names, zero = self._silent(_input(node), additions)
         return (name, *names), zero or isinstance(module, _BatchNorm)
 
     def _maps_zero_to_zero(self, node: fx.Node, shape: tuple[int, ...]) -> bool:
-        zeros = next(self.model.parameters()).new_zeros(1, *shape)
-        rest = node.args[1:]
-        if any(isinstance(value, fx.Node) for value in (*rest, *node.kwargs.values())):
+        if len(node.all_input_nodes) != 1:
             return False
+        zeros = next(self.model.parameters()).new_zeros(1, *shape)
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda _source: zeros)
         with torch.no_grad():
             if node.op == "call_module":
-                given = self._module(node)(zeros)
+                given = self._module(node)(*args, **kwargs)
             elif node.op == "call_method":
-                given = getattr(zeros, str(node.target))(*rest, **node.kwargs)
+                given = getattr(args[0], str(node.target))(*args[1:], **kwargs)
             else:
-                given = node.target(zeros, *rest, **node.kwargs)  # type: ignore[operator]
+                given = node.target(*args, **kwargs)  # type: ignore[operator]
         return not given.any()
 
 
@@ -346,6 +376,39 @@ def _trace(model: nn.Module) -> fx.Graph:
             f"{str(error).splitlines()[0] if str(error) else type(error).__name__}; "
             "granularity='weight' needs no graph"
         ) from error
+
+
+def _input(node: fx.Node) -> fx.Node | None:
+    """The node that another reads first, given by its place or by its name."""
+    return next(iter(node.all_input_nodes), None)
+
+
+def _flattened(node: fx.Node, module: nn.Module | None, source: Alive) -> Alive | None:
+    """Channels behind a flatten: each is several features, or stays in place where only what follows is flattened."""
+    first: Any
+    last: Any
+    if isinstance(module, nn.Flatten):
+        first, last = module.start_dim, module.end_dim
+    else:
+        first, last = (
+            node.kwargs.get(name, node.args[place] if len(node.args) > place else default)
+            for place, name, default in ((1, "start_dim", 0), (2, "end_dim", -1))
+        )
+    if source.layout < 1 or last not in (-1, source.layout + 1):
+        return source if source.layout == 0 and first == 1 else None  # nothing happens to (n, features)
+    return Alive(source.channels, FLATTENED) if first == 1 else Alive(source.channels, 1) if first == 2 else None
+
+
+def _averaged(node: fx.Node, source: Alive) -> Alive | None:
+    """Channels behind a mean: over all that follows them it leaves each as one feature."""
+    given: Any = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else None)
+    keeps = node.kwargs.get("keepdim", node.args[2] if len(node.args) > 2 else False)
+    if source.layout < 1 or not isinstance(given, int | tuple | list):
+        return None
+    axes = {axis % (source.layout + 2) for axis in ([given] if isinstance(given, int) else given)}
+    if axes != set(range(2, source.layout + 2)):
+        return None
+    return source if keeps else Alive(source.channels, 0)
 
 
 def _name(node: fx.Node) -> str:
@@ -364,18 +427,20 @@ def _channels(module: Any) -> int:
     return module.num_features if isinstance(module, _BatchNorm) else len(module.weight)
 
 
-def _columns(layer: Any, alive: Tensor | None) -> Tensor:
+def _columns(layer: Any, alive: Alive | None) -> Tensor:
     """Boolean (1 or out_channels, in_channels / groups) of the layer's inputs that are alive, or (1, 1): all."""
-    every = torch.ones(1, 1, dtype=torch.bool, device=layer.weight.device)
+    every = torch.ones(1, 1, dtype=torch.bool, device=layer.weight.device).expand(len(layer.weight), 1)
     if alive is None:
-        return every.expand(len(layer.weight), 1)
-    if isinstance(layer, nn.Linear):  # a channel of an image is several features once it is flattened
-        if layer.in_features % len(alive):
-            return every.expand(len(layer.weight), 1)
-        return alive.repeat_interleave(layer.in_features // len(alive)).expand(len(layer.weight), -1)
-    if len(alive) != layer.in_channels:
-        return every.expand(len(layer.weight), 1)
-    return alive.view(layer.groups, -1).repeat_interleave(len(layer.weight) // layer.groups, dim=0)
+        return every
+    channels = alive.channels
+    if isinstance(layer, nn.Linear):
+        is_image = alive.layout == FLATTENED and layer.in_features % len(channels) == 0
+        if is_image or (alive.layout == 0 and layer.in_features == len(channels)):
+            return channels.repeat_interleave(layer.in_features // len(channels)).expand(len(layer.weight), -1)
+        return every
+    if alive.layout != layer.weight.dim() - 2 or len(channels) != layer.in_channels:
+        return every
+    return channels.view(layer.groups, -1).repeat_interleave(len(layer.weight) // layer.groups, dim=0)
 
 
 @torch.no_grad()

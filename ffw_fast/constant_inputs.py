@@ -41,7 +41,7 @@ def constant_inputs(model: nn.Module, samples: Tensor) -> dict[str, Tensor]:
     names = {layer: name for name, layer in model.named_modules() if type(layer) in DENSE_LAYERS}
     scales = [module for module in model.modules() if isinstance(module, _BatchNorm | ChannelMask)]
     watch = _NanWatch()
-    hooks = [module.register_forward_hook(watch.stop_at_zeros) for module in (*names, *scales)]
+    hooks = [module.register_forward_hook(watch.stop_at_zeros, with_kwargs=True) for module in (*names, *scales)]
     try:
         with watch:
             claimed = _seen_inputs(model, names, torch.full_like(samples[:1], torch.nan), watch)
@@ -57,15 +57,13 @@ def _seen_inputs(model: nn.Module, names: dict[nn.Module, str], x: Tensor, watch
     """What every layer reads in a pass over x: (in_channels,), NaN where a channel has not one value."""
     seen: dict[str, Tensor] = {}
 
-    def look(layer: nn.Module, inputs: tuple[Any, ...]) -> None:
-        if not inputs:  # called by keyword
-            return
-        name = names[layer]
+    def look(layer: nn.Module, inputs: tuple[Any, ...], by_name: dict[str, Any]) -> None:
+        name, (read,) = names[layer], inputs or by_name.values()
         with watch.paused():
-            values = _one_value(inputs[0], _channel_dim(layer, inputs[0]))
+            values = _one_value(read, _channel_dim(layer, read))
             seen[name] = _agreed(seen[name], values) if name in seen else values
 
-    hooks = [layer.register_forward_pre_hook(look) for layer in names]
+    hooks = [layer.register_forward_pre_hook(look, with_kwargs=True) for layer in names]
     try:
         model(x)
     finally:
@@ -113,11 +111,11 @@ class _NanWatch(TorchDispatchMode):
         finally:
             self._is_paused = False
 
-    def stop_at_zeros(self, layer: Any, inputs: tuple[Any, ...], output: Tensor) -> Tensor | None:
+    def stop_at_zeros(
+        self, layer: Any, inputs: tuple[Any, ...], by_name: dict[str, Any], output: Tensor
+    ) -> Tensor | None:
         """Forward hook: the layer's output where NaN reaches only what has a weight for it that is not 0."""
-        if not inputs:  # called by keyword
-            return None
-        (x,) = inputs
+        (x,) = inputs or by_name.values()
         with self.paused():
             varies = x.isnan()
             if not varies.any():

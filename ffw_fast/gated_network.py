@@ -32,8 +32,8 @@ class ScaledActivation(nn.Module):
         super().__init__()
         self.activation = activation
 
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.activation(x)
+    def forward(self, input: Tensor) -> Tensor:
+        y = self.activation(input)
         return y * self.weight.to(y.dtype)
 
 

@@ -217,8 +217,8 @@ class GatedActivation(MaskedLayer):
         self.register_buffer("weight", torch.ones(shape[0], dtype=dtype, device=device), persistent=False)
         self.add_gate(gate)
 
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.activation(x)
+    def forward(self, input: Tensor) -> Tensor:
+        y = self.activation(input)
         return y * self.gated_weight().view(self.shape).to(y.dtype)
 
     def to_dense(self) -> nn.Module:

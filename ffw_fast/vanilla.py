@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from ffw_fast.convolutions import cheapest_convolutions
@@ -70,7 +71,7 @@ class Recipe:
         """
         if self.schedule == "cosine":
             return self.lr * 0.5 * (1 + math.cos(math.pi * epoch / self.epochs))
-        cuts = sum(epoch >= milestone * self.epochs for milestone in self.milestones)
+        cuts = sum(epoch >= round(milestone * self.epochs, 6) for milestone in self.milestones)  # 0.55 of 100 is 55
         return self.lr * self.lr_cut**cuts
 
     def build_optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
@@ -275,9 +276,15 @@ def _train_epoch(
     optimizer: torch.optim.Optimizer,
     precision: str,
 ) -> float:
-    """One pass over minibatches (x, y, b); returns the mean loss."""
+    """One pass over minibatches (x, y, b); returns the mean loss.
+
+    A last one of a single sample is left out where there is batch norm, which has no variance of it.
+    """
     total, count = torch.zeros((), dtype=torch.float32, device="cpu"), 0
+    has_norms = any(isinstance(part, _BatchNorm) for part in model.modules())
     for x, y, _b in batches:
+        if has_norms and count and len(y) == 1:
+            continue
         with _autocast(x.device, precision):
             logits = model(x)
         loss = F.cross_entropy(logits.float(), y)

@@ -90,6 +90,25 @@ class Pooled(nn.Module):
         return self.fc(self.flatten(self.relu3(torch.nn.functional.adaptive_avg_pool2d(self.conv3(x), 1))))
 
 
+class Named(nn.Module):
+    """Modules that are called by keyword, and dropout as a function."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.norm, self.relu1 = nn.Conv2d(3, 5, 3), nn.BatchNorm2d(5), nn.ReLU()
+        self.conv2, self.relu2, self.pool, self.fc = (
+            nn.Conv2d(5, 6, 3),
+            nn.ReLU(),
+            nn.AdaptiveAvgPool2d(1),
+            nn.Linear(6, 4),
+        )
+
+    def forward(self, x):
+        x = self.relu1(input=self.norm(input=self.conv1(input=x)))
+        x = self.relu2(torch.nn.functional.dropout(self.conv2(input=x), 0.5, self.training))
+        return self.fc(self.pool(input=x).flatten(1))
+
+
 NETWORKS = {
     "mlp": lambda: MLP(3 * 8 * 8, 12, 4),
     "simple": lambda: SimpleConvNet(4),
@@ -97,6 +116,7 @@ NETWORKS = {
     "functional": Functional,
     "pre-activation": PreActivation,
     "pooled": Pooled,
+    "named": Named,
 }
 
 
@@ -179,6 +199,42 @@ def test_patterns_choose(where, expected):
     assert list(ChannelGraph(make("residual"), where).places)[:2] == expected
 
 
+@pytest.mark.parametrize(
+    "layers",
+    [
+        (nn.Flatten(), nn.Linear(192, 12), nn.MaxPool1d(2), nn.ReLU(), nn.Linear(6, 4)),
+        (nn.Flatten(), nn.Linear(192, 12), nn.MaxPool1d(3, 1, 1), nn.ReLU(), nn.Linear(12, 4)),
+        (nn.Conv2d(3, 6, 3), nn.MaxPool3d((3, 1, 1), 1, (1, 0, 0)), nn.ReLU(), nn.Flatten(), nn.Linear(216, 4)),
+    ],
+    ids=["maxout", "neighbours", "planes"],
+)
+def test_a_pool_over_channels_is_none_of_each(layers):
+    with pytest.raises(ValueError, match="no channel can be gated"):
+        ChannelGraph(nn.Sequential(*layers))
+
+
+class Tokens(nn.Module):
+    """The layer behind the convolution mixes positions, or their means over channels."""
+
+    def __init__(self, mean: bool) -> None:
+        super().__init__()
+        self.conv, self.relu, self.mean = nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), mean
+        self.mix, self.fc = nn.Linear(64, 16), nn.Linear(16, 4)
+
+    def forward(self, x):
+        x = self.relu(self.conv(x)).flatten(2)
+        x = self.mix(x.mean(1) if self.mean else x)
+        return self.fc(x if self.mean else x.mean(1))
+
+
+@pytest.mark.parametrize("mean", [False, True])
+def test_weights_that_read_positions_are_not_gone(mean):
+    graph = ChannelGraph(Tokens(mean).eval())
+    mask = torch.arange(8) < 2
+    weights = sum(layer.weight.numel() for layer in (graph.model.conv, graph.model.mix, graph.model.fc))
+    assert graph.weight_sparsity({"conv": mask}) == 6 * 27 / weights
+
+
 # pruned networks -----------------------------------------------------------------------------------------------------
 
 
@@ -199,7 +255,7 @@ def test_the_pruned_network_computes_what_the_gated_one_does(name, seed, share):
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
-@pytest.mark.parametrize("name", ["mlp", "simple", "pre-activation", "pooled"])
+@pytest.mark.parametrize("name", ["mlp", "simple", "pre-activation", "pooled", "named"])
 def test_zeros_suffice_where_nothing_else_enters(name):
     model = make(name)
     graph = ChannelGraph(model)

@@ -15,6 +15,7 @@ from ffw_fast.models import MLP, SimpleConvNet
 from ffw_fast.run_state import Checkpoints, RunState
 from ffw_fast.vanilla import Recipe, train_vanilla
 from ffw_fast.workloads import get_workload
+from tests import tiny
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 ADAM = Recipe("adam", lr=1e-3, batch_size=64, epochs=10)
@@ -334,3 +335,15 @@ def test_a_loss_that_is_not_finite_keeps_the_last_good_checkpoint(tmp_path, monk
     found, rest = bits(tmp_path, recipe)
     assert_same_bits(found, expected)
     assert rest == losses[2:]
+
+
+def test_a_last_minibatch_of_one_sample_is_left_out_beside_batch_norm():
+    model = nn.Sequential(nn.Flatten(), nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3))
+    data = tiny.samples(21)
+    trained = train_vanilla(model, Samples(*data), Recipe("adam", lr=0.01, batch_size=10, epochs=2), seed=0)
+    assert trained[2].num_batches_tracked == 4
+
+
+def test_milestones_are_whole_epochs():
+    recipe = Recipe("sgd", lr=1.0, batch_size=10, epochs=100, milestones=(0.55,))
+    assert [recipe.learning_rate(epoch) for epoch in (54, 55)] == [1.0, pytest.approx(0.1)]
