@@ -1,9 +1,9 @@
 """Which inputs of a network's layers do not depend on the network's input: found by letting NaN stand for "may vary".
 
 The network runs once on NaN. Arithmetic hands NaN on, so a number that comes out is one that the input cannot reach.
-Only a weight of zero must stop it, which ``0 * NaN`` does not: layers, batch norms and channel masks get a hook for
-that. What swallows NaN (a comparison, say) would claim too much and is refused; and a constant must also be seen on
-real samples.
+Only a weight or factor of zero must stop it, which ``0 * NaN`` does not: layers, batch norms and channel masks get a
+hook for that, and products of two tensors a rule. What swallows NaN (a comparison, say) would claim too much and is
+refused; and a constant must also be seen on real samples.
 """
 
 from collections.abc import Callable, Iterator
@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 from ffw_fast.channels import ChannelMask
 from ffw_fast.parts import DENSE_LAYERS
 
+PRODUCTS = (torch.ops.aten.mul.Tensor, torch.ops.aten.mul_.Tensor)
 SELECTING = ("aten::gather", "aten::index", "aten::index_select")  # like views, they may leave all NaN behind
 ROUNDING = 1e-12  # relative, in double precision: a pool over equal numbers may round them differently
 
@@ -97,6 +98,10 @@ class _NanWatch(TorchDispatchMode):
         self._is_paused = False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not self._is_paused and func in PRODUCTS and all(isinstance(factor, Tensor) for factor in args):
+            first, second = args
+            is_zero = (first == 0) | (second == 0)  # and stays so, whatever the other factor may be
+            return func(first, second).masked_fill_(is_zero, 0)
         outputs = func(*args, **(kwargs or {}))
         if not self._is_paused and not _selects(func) and _has_nan((args, kwargs)) and not _has_nan(outputs):
             raise ValueError(f"{func} decides by values")

@@ -244,6 +244,28 @@ def test_channels_that_a_mask_closes_behind_a_residual_sum_go():
     assert [module.in_features for module in small.modules() if isinstance(module, nn.Linear)] == [8 * 4]
 
 
+class SqueezeAndExcite(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.squeeze, self.excite = nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 4, 1), nn.Conv2d(4, 16, 1)
+        self.last, self.fc = nn.Conv2d(16, 8, 3), nn.Linear(8, 4)
+
+    def forward(self, x):
+        x = torch.relu(self.conv(x))
+        factor = torch.sigmoid(self.excite(torch.relu(self.squeeze(x.mean((2, 3), keepdim=True)))))
+        return self.fc(torch.relu(self.last(x * factor)).mean((2, 3)))
+
+
+def test_a_channel_that_is_zero_stays_so_through_a_product():
+    model = seeded(SqueezeAndExcite)
+    with torch.no_grad():
+        model.conv.weight[:12] = model.conv.bias[:12] = 0
+    x = torch.randn(5, 3, 8, 8, dtype=torch.float64)
+    small = compact(model, x)
+    assert (small.conv.out_channels, small.excite.out_channels, small.last.in_channels) == (4, 4, 4)
+    torch.testing.assert_close(small(x), model(x))
+
+
 def test_a_branch_that_nobody_reads_keeps_one_channel_that_reads_nothing():
     model = seeded(lambda: MLP(48, 12, 4))
     with torch.no_grad():
