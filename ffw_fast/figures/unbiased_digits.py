@@ -10,6 +10,7 @@ from ffw_fast.figures.rows import Rows, groups
 from ffw_fast.figures.style import label_line, legend_below, new_axes, new_figure, series_color
 from ffw_fast.figures.sweeps import draw_spread
 
+LONG = 40  # letters of a method's name, of which three do not stand beside each other
 LEFT_OUT = ("vanilla", "magnitude pruning")  # they do not use the unbiased set
 
 
@@ -40,5 +41,6 @@ def draw(rows: Rows) -> Figure:
         axes.set_xticks(digits, [str(count) for count in digits])
         axes.minorticks_off()
     label_line(panels[1], rows[0]["chance"], "chance", above=False)
-    legend_below(figure, panels[0], columns=3)
+    are_long = any(len(method) > LONG for method in groups(rows, "method"))
+    legend_below(figure, panels[0], columns=2 if are_long else 3)
     return figure
