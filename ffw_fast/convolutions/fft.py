@@ -1,4 +1,4 @@
-"""Convolutions with large kernels by FFT: as accurate as direct ones, with several times fewer FLOPs.
+"""Convolutions with large kernels by FFT: for images of one magnitude as accurate as direct ones, with far fewer FLOPs.
 
 A stride-1 'same' convolution of H x W images is a circular one of length L >= H + k // 2 in each dimension:
 what wraps around falls on outputs that nobody reads. With w'[(k // 2 - t) mod L] = w[t] it is, for each
@@ -8,6 +8,9 @@ frequency f, a product of complex matrices:
 
 so the forward pass transforms x and w, the backward pass dy alone. A 7x7 convolution of 28x28 images takes
 514 complex products (of three real ones each) for a pair of channels instead of 38416 real ones.
+
+Two arrays are transformed together, as real and imaginary part, so that rounding errors are relative to the larger of
+the two, and what is not finite in one reaches the other.
 
 Tensors are (N, C, H, W) as everywhere, but results lie in memory as (C, H, W, N), the batch innermost, which
 lets every step run on whole vectors; elementwise operators keep that order, and inputs may lie in any.
