@@ -38,10 +38,7 @@ POOLS = {d: tuple(getattr(nn, f"{kind}Pool{d}d") for kind in POOL_KINDS) for d i
 POOL_FUNCTIONS = {f"{kind}_pool{d}d": d for kind in ("max", "avg", "adaptive_avg", "adaptive_max") for d in (1, 2, 3)}
 PASSING_FUNCTIONS = POOL_FUNCTIONS.keys() | {"dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout"}
 STATELESS = (nn.Identity, _DropoutNd, *POOLS[1], *POOLS[2], *POOLS[3])
-PASSING = (
-    _BatchNorm,
-    *STATELESS,
-)  # between a layer and its non-linearity: each channel for itself
+PASSING = (_BatchNorm, *STATELESS)  # between a layer and its non-linearity; each channel for itself
 HOOKS = (
     *("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs"),
     *("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
@@ -218,7 +215,7 @@ class ChannelGraph:
         What the graph does not show (channels that are concatenated or permuted) counts as alive.
         """
         alive: dict[fx.Node, Alive | None] = {}
-        behind = {place.node: masks[name] for name, place in self.places.items()}
+        gates = {place.node: Alive(masks[name], len(place.shape) - 1) for name, place in self.places.items()}
         rows_of = self.kept_rows(masks)
         gone: dict[str, int] = {}
         total: dict[str, int] = {}
@@ -233,10 +230,9 @@ class ChannelGraph:
                 total[name] = layer.weight.numel()
                 gone[name] = min(gone.get(name, total[name]), total[name] - kept)  # of several calls
                 alive[node] = Alive(rows, layer.weight.dim() - 2)
-            if node in behind:
-                reached, mask = alive[node], behind[node]
-                layout = len(next(place.shape for place in self.places.values() if place.node is node)) - 1
-                alive[node] = Alive(mask if reached is None else reached.channels & mask, layout)
+            if (gate := gates.get(node)) is not None:
+                reached = alive[node]
+                alive[node] = gate if reached is None else Alive(reached.channels & gate.channels, gate.layout)
         return sum(gone.values()) / sum(total.values())
 
     def _alive(self, node: fx.Node, inputs: list[Alive | None]) -> Alive | None:

@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tarfile
 import venv
 import zipfile
@@ -158,7 +159,12 @@ def test_wheel_runs_in_an_empty_environment(source, tmp_path):
 
 def test_without_a_compiler_the_package_still_installs(source, tmp_path):
     nothing = {"CC": "/nowhere/cc", "CXX": "/nowhere/c++"}
+    earlier = source / "build" / f"lib.{sysconfig.get_platform()}-{sys.implementation.cache_tag}" / "ffw_fast"
+    earlier.mkdir(parents=True)
+    (earlier / "_cpu.abi3.so").write_bytes(b"of an older source")
+    os.utime(earlier / "_cpu.abi3.so", (0, 0))
     wheel, output = build_wheel(source, tmp_path, FFW_FAST_BUILD="auto", **nothing)
+    assert not any(name.endswith(".so") for name in zipfile.ZipFile(wheel).namelist())
     assert 'building extension "ffw_fast._cpu" failed' in output
     install(wheel, tmp_path / "target")
     cpu, _ = check_installed(tmp_path / "target")

@@ -283,6 +283,17 @@ def test_gated_adam_step(compiled, kind, dtype, scores_dtype, measure):
         torch.testing.assert_close(gated, expected, rtol=half_an_ulp, atol=half_an_ulp if kind is GateKind.FFW else 0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_gated_adam_step_in_16_bits_computes_in_32_and_gates_the_scores_that_are_kept(kernels, dtype):
+    changed, rest = adam_inputs(5003, dtype)
+    changed[2:4] = [torch.zeros_like(changed[2]), torch.zeros_like(changed[3])]  # squares of 1e-3 are 0 in float16
+    rest = (rest[0], rest[1] * 1e-3, *rest[2:])
+    gated, scores, *_ = adam_results(kernels["gated_adam_step_"], changed, rest, GateKind.FFW, False)
+    assert scores.isfinite().all()
+    assert (scores != changed[1]).any()
+    torch.testing.assert_close(gated, ops.gate_weight(rest[0], scores, rest[3], rest[7], 0), rtol=0, atol=0)
+
+
 def test_gated_adam_step_is_adam(kernels):
     """Twenty steps at a fixed temperature: what torch.optim.Adam makes of the straight-through gradients."""
     _, weight, scores, temperature, draw = gate_inputs((1000,), torch.float64)
@@ -502,6 +513,7 @@ def fit(kernel, changed, fixed, batch_size=100, rule=RULE):
     [
         (1, 1, 2, 1, 1),
         (5, 3, 2, 1, 2),
+        (30, 0, 3, 2, 10),
         (33, 7, 3, 2, 10),
         (50, 16, 4, 1, 50),
         (64, 17, 5, 3, 64),

@@ -152,7 +152,10 @@ class Head {
     return total;
   }
 
-  static int64_t grain(int64_t work_a_task) { return work_a_thread / std::clamp<int64_t>(work_a_task, 1, work_a_thread); }
+  // Tasks a thread; those of a head without features have no work.
+  static int64_t grain(int64_t work_a_task) {
+    return work_a_thread / std::clamp<int64_t>(work_a_task, 1, work_a_thread);
+  }
 
   const Problem& problem_;
   const Sgd<T>& sgd_;
