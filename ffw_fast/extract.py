@@ -22,7 +22,6 @@ from ffw_fast.run_state import RunState
 from ffw_fast.settings import Settings
 
 
-@training_modes()
 def extract(
     model: nn.Module,
     train: Any,
@@ -144,6 +143,7 @@ def extract(
     )
 
 
+@training_modes()
 def extract_by(
     model: nn.Module,
     train: Any,

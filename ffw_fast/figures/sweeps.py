@@ -13,11 +13,8 @@ from ffw_fast.figures.rows import Rows, groups, spread
 from ffw_fast.figures.style import color, label_line, legend, new_axes, new_figure
 from ffw_fast.runs.reading import RunFolder, find_runs
 
-SERIES_COLORS = (
-    ("pruned", "warm"),
-    ("best", "plum"),
-    ("muted", "gold"),
-)  # of task and bias accuracy, for each schedule
+# Of task and bias accuracy, for each schedule.
+SERIES_COLORS = (("pruned", "warm"), ("best", "plum"), ("muted", "gold"))
 
 
 def run_rows(paths: list[Path], **settings: Callable[[RunFolder], float]) -> Rows:
