@@ -35,6 +35,9 @@ constexpr int kind_count = 4;
 
 FFW_HD constexpr bool is_random(Kind kind) { return kind == Kind::bernoulli || kind == Kind::concrete; }
 
+// Whether the backward reads the uniform number, too.
+FFW_HD constexpr bool has_random_slope(Kind kind) { return kind == Kind::concrete; }
+
 // Roundings ---------------------------------------------------------------------------------------------------------
 
 FFW_HD FFW_INLINE float multiply(float a, float b) {
@@ -77,10 +80,8 @@ FFW_HD FFW_INLINE To bits_as(From value) {
   return result;
 }
 
-template <typename T>
-FFW_HD FFW_INLINE T absolute(T x) {
-  return x < 0 ? -x : x;
-}
+FFW_HD FFW_INLINE float absolute(float x) { return fabsf(x); }
+FFW_HD FFW_INLINE double absolute(double x) { return fabs(x); }
 
 // a / b and the root of x where nothing is compared. On a device in float to 2 and 1 units in the last place: the exact
 // ones are subroutines there. |b| must be below 2^126.
@@ -176,32 +177,55 @@ FFW_HD FFW_INLINE double reproducible_exp(double x) {
   return value * bits_as<double>((integer + 1023u) << 52);
 }
 
-// exp(x) for x <= 0 where nothing is compared: 0 below the clamp.
-FFW_HD FFW_INLINE float decay(float x) { return x < -87.0f ? 0.0f : reproducible_exp(x); }
-FFW_HD FFW_INLINE double decay(double x) { return x < -708.0 ? 0.0 : reproducible_exp(x); }
+// Below its negative reproducible_exp is clamped.
+template <typename T>
+constexpr T largest_exponent = sizeof(T) == sizeof(float) ? 87 : 708;
 
-// log(x) of a normal positive x: the exponent of x / sqrt(1/2) and the series of 2 artanh((y - 1) / (y + 1)) for the
-// rest y in [sqrt(1/2), sqrt(2)).
-FFW_HD FFW_INLINE float logarithm(float x) {
+// exp(x) for x <= 0 where nothing is compared: 0 below the clamp.
+template <typename T>
+FFW_HD FFW_INLINE T decay(T x) {
+  return x < -largest_exponent<T> ? T(0) : reproducible_exp(x);
+}
+
+// A normal positive x as rest * 2^exponent, the rest in [sqrt(1/2), sqrt(2)).
+template <typename T>
+struct Split {
+  T rest, exponent;
+};
+
+FFW_HD FFW_INLINE Split<float> split(float x) {
   const uint32_t offset = bits_as<uint32_t>(x) - 0x3f3504f3u;
-  const int32_t exponent = static_cast<int32_t>(offset) >> 23;
-  const float y = bits_as<float>((offset & 0x007fffffu) + 0x3f3504f3u);
-  const float s = quotient(y - 1.0f, y + 1.0f), z = s * s;
-  float series = 1.0f / 11.0f;
+  return {bits_as<float>((offset & 0x007fffffu) + 0x3f3504f3u),
+          static_cast<float>(static_cast<int32_t>(offset) >> 23)};
+}
+
+FFW_HD FFW_INLINE Split<double> split(double x) {
+  const uint64_t offset = bits_as<uint64_t>(x) - 0x3fe6a09e667f3bcdull;
+  return {bits_as<double>((offset & 0x000fffffffffffffull) + 0x3fe6a09e667f3bcdull),
+          static_cast<double>(static_cast<int32_t>(offset >> 32) >> 20)};  // 64-bit shifts of signed numbers are slow
+}
+
+// log(2^exponent (1 + s) / (1 - s)) for |s| <= 1/3: the series of 2 artanh(s).
+FFW_HD FFW_INLINE float logarithm_of(float exponent, float s) {
+  const float z = s * s;
+  float series = 1.0f / 15.0f;
+  series = series * z + 1.0f / 13.0f;
+  series = series * z + 1.0f / 11.0f;
   series = series * z + 1.0f / 9.0f;
   series = series * z + 1.0f / 7.0f;
   series = series * z + 1.0f / 5.0f;
   series = series * z + 1.0f / 3.0f;
-  const float whole = static_cast<float>(exponent);
-  return whole * 0.693359375f + (2.0f * s + (2.0f * s * z * series + whole * -2.12194440e-4f));
+  return exponent * 0.693359375f + (2.0f * s + (2.0f * s * z * series + exponent * -2.12194440e-4f));
 }
 
-FFW_HD FFW_INLINE double logarithm(double x) {
-  const uint64_t offset = bits_as<uint64_t>(x) - 0x3fe6a09e667f3bcdull;
-  const int32_t exponent = static_cast<int32_t>(offset >> 32) >> 20;  // 64-bit shifts of signed numbers are slow
-  const double y = bits_as<double>((offset & 0x000fffffffffffffull) + 0x3fe6a09e667f3bcdull);
-  const double s = (y - 1.0) / (y + 1.0), z = s * s;
-  double series = 1.0 / 23.0;
+FFW_HD FFW_INLINE double logarithm_of(double exponent, double s) {
+  const double z = s * s;
+  double series = 1.0 / 33.0;
+  series = series * z + 1.0 / 31.0;
+  series = series * z + 1.0 / 29.0;
+  series = series * z + 1.0 / 27.0;
+  series = series * z + 1.0 / 25.0;
+  series = series * z + 1.0 / 23.0;
   series = series * z + 1.0 / 21.0;
   series = series * z + 1.0 / 19.0;
   series = series * z + 1.0 / 17.0;
@@ -212,8 +236,21 @@ FFW_HD FFW_INLINE double logarithm(double x) {
   series = series * z + 1.0 / 7.0;
   series = series * z + 1.0 / 5.0;
   series = series * z + 1.0 / 3.0;
-  const double whole = static_cast<double>(exponent);
-  return whole * 0.693145751953125 + (2.0 * s + (2.0 * s * z * series + whole * 1.42860682030941723212e-6));
+  return exponent * 0.693145751953125 + (2.0 * s + (2.0 * s * z * series + exponent * 1.42860682030941723212e-6));
+}
+
+// log(x) of a normal positive x.
+template <typename T>
+FFW_HD FFW_INLINE T logarithm(T x) {
+  const Split<T> a = split(x);
+  return logarithm_of(a.exponent, quotient(a.rest - 1, a.rest + 1));
+}
+
+// log(u / (1 - u)) of u in (0, 1), with one series and one division.
+template <typename T>
+FFW_HD FFW_INLINE T log_odds(T u) {
+  const Split<T> a = split(u), b = split(1 - u);
+  return logarithm_of(a.exponent - b.exponent, quotient(a.rest - b.rest, a.rest + b.rest));
 }
 
 // Uniform numbers: Philox4x32-10 (Salmon et al., SC 2011) -----------------------------------------------------------
@@ -290,7 +327,7 @@ FFW_HD FFW_INLINE T gate_value(T m, T inverse, T u) {
 template <Kind kind, typename T>
 FFW_HD FFW_INLINE T gate_argument(T m, T u) {
   if constexpr (kind == Kind::concrete) {
-    return m + (logarithm(u) - logarithm(1 - u));
+    return m + log_odds(u);
   } else {
     return m;
   }
@@ -312,11 +349,20 @@ FFW_HD FFW_INLINE T gate_slope(T m, T inverse, T u) {
 }
 
 // |dg / d ln T|: how far the gate moves as the temperature falls; zero where the forward of ffw is clipped.
+// Written so that where gate_value of the same score is computed, too, the two share exponential and quotient.
 template <Kind kind, typename T>
 FFW_HD FFW_INLINE T gate_movement(T m, T inverse, T u) {
-  const T argument = gate_argument<kind>(m, u);
-  const T movement = absolute(slope_of_argument<kind>(argument, inverse) * argument);
-  return kind == Kind::ffw && !(m < 0) ? T(0) : movement;
+  if constexpr (kind == Kind::ffw) {  // 2 s (1 - s) = g (1 - g / 2)
+    const T g = gate_value<kind>(m, inverse, u);
+    return m < 0 ? (g / 2 - 1) * g * inverse * m : T(0);
+  } else if constexpr (kind == Kind::bernoulli) {  // 1 - s = exp(-m/T) s; either may be too small to be squared
+    const T x = multiply(m, inverse), exponential = reproducible_exp(-x);
+    const T s = quotient(T(1), add(T(1), exponential));
+    return absolute(x) > largest_exponent<T> ? T(0) : exponential * s * s * absolute(x);
+  } else {
+    const T argument = gate_argument<kind>(m, u);
+    return absolute(slope_of_argument<kind>(argument, inverse) * argument);
+  }
 }
 
 // Adam --------------------------------------------------------------------------------------------------------------

@@ -51,18 +51,39 @@ def decay(x):
 
 
 @triton.jit
-def logarithm(x):
-    """``log(x)`` of a normal x > 0: exponent and series of ``2 artanh((y - 1) / (y + 1))`` of the rest."""
+def split(x):
+    """A normal x > 0 as ``rest * 2**exponent``, the rest in [sqrt(1/2), sqrt(2)); both float32."""
     offset = x.to(tl.int32, bitcast=True) - 0x3F3504F3  # the bits of sqrt(1/2)
-    whole = (offset >> 23).to(tl.float32)
-    y = ((offset & 0x007FFFFF) + 0x3F3504F3).to(tl.float32, bitcast=True)
-    s = (y - 1.0) / (y + 1.0)
+    rest = ((offset & 0x007FFFFF) + 0x3F3504F3).to(tl.float32, bitcast=True)
+    return rest, (offset >> 23).to(tl.float32)
+
+
+@triton.jit
+def logarithm_of(exponent, s):
+    """``log(2**exponent (1 + s) / (1 - s))`` for |s| <= 1/3: the series of ``2 artanh(s)``."""
     z = s * s
-    series = (1.0 / 11.0) * z + (1.0 / 9.0)
+    series = (1.0 / 15.0) * z + (1.0 / 13.0)
+    series = series * z + (1.0 / 11.0)
+    series = series * z + (1.0 / 9.0)
     series = series * z + (1.0 / 7.0)
     series = series * z + (1.0 / 5.0)
     series = series * z + (1.0 / 3.0)
-    return whole * 0.693359375 + (2.0 * s + (2.0 * s * z * series + whole * -2.12194440e-4))
+    return exponent * 0.693359375 + (2.0 * s + (2.0 * s * z * series + exponent * -2.12194440e-4))
+
+
+@triton.jit
+def logarithm(x):
+    """``log(x)`` of a normal x > 0."""
+    rest, exponent = split(x)
+    return logarithm_of(exponent, (rest - 1.0) / (rest + 1.0))
+
+
+@triton.jit
+def log_odds(u):
+    """``log(u / (1 - u))`` of u in (0, 1), with one series and one division."""
+    rest, exponent = split(u)
+    other_rest, other_exponent = split(1.0 - u)
+    return logarithm_of(exponent - other_exponent, (rest - other_rest) / (rest + other_rest))
 
 
 @triton.jit
@@ -179,7 +200,7 @@ def gate_argument(m, u, KIND: tl.constexpr):
     """What the backward's sigmoid is taken of, before the division by T."""
     argument = m
     if KIND == CONCRETE:
-        argument = m + (logarithm(u) - logarithm(1.0 - u))
+        argument = m + log_odds(u)
     return argument
 
 
@@ -202,11 +223,21 @@ def gate_slope(m, inverse, u, KIND: tl.constexpr):
 
 @triton.jit
 def gate_movement(m, inverse, u, KIND: tl.constexpr):
-    """``|dg / d ln T|``: how far the gate moves as the temperature falls; zero where ``ffw`` is clipped."""
-    argument = gate_argument(m, u, KIND)
-    movement = tl.abs(slope_of_argument(argument, inverse, KIND) * argument)
-    if KIND == FFW:
-        movement = tl.where(m < 0, movement, 0.0)
+    """``|dg / d ln T|``: how far the gate moves as the temperature falls; zero where ``ffw`` is clipped.
+
+    Written so that it shares exponential and quotient with the ``gate_value`` of the same score.
+    """
+    if KIND == FFW:  # 2 s (1 - s) = g (1 - g / 2)
+        g = gate_value(m, inverse, u, KIND)
+        movement = tl.where(m < 0, (0.5 * g - 1.0) * g * inverse * m, 0.0)
+    elif KIND == BERNOULLI:  # 1 - s = exp(-m/T) s; either may be too small to be squared
+        x = m * inverse
+        exponential = reproducible_exp(-x)
+        s = 1.0 / (1.0 + exponential)
+        movement = tl.where(tl.abs(x) > 87.0, 0.0, exponential * s * s * tl.abs(x))
+    else:
+        argument = gate_argument(m, u, KIND)
+        movement = tl.abs(slope_of_argument(argument, inverse, KIND) * argument)
     return movement
 
 

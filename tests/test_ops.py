@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ffw_fast import ops, philox
-from ffw_fast.gates import GateKind
+from ffw_fast.gates import GateKind, gate_movement
 
 KINDS = list(GateKind)
 HALF = (torch.bfloat16, torch.float16)
@@ -309,6 +309,20 @@ def test_gated_adam_step_is_adam(kernels):
         kernels["gated_adam_step_"](gated, mine, *moments, weight, grad, *times, draw, draw, *ADAM, 0, False)
         torch.testing.assert_close(mine, trained.detach(), rtol=1e-9, atol=1e-12)
         torch.testing.assert_close(gated, ops.gate_weight_default(weight, mine, temperature, draw, 0))
+
+
+@pytest.mark.parametrize("temperature", [1.0, 1e-3, 1e-38])
+@pytest.mark.parametrize("kind", [GateKind.FFW, GateKind.BERNOULLI, GateKind.CONCRETE])
+def test_movement_of_gates_far_from_the_middle(kernels, kind, temperature):
+    """No overflow on the way to a movement of next to nothing."""
+    changed, rest = adam_inputs(64)
+    rest = (*rest[:3], one(temperature), rest[4], one(0.0), *rest[6:])  # the scores stay
+    uniform = philox.uniform(64, rest[7]).double()
+    for score in (-1e4, -80.0, -3.0, -1e-4, 0.0, 1e-4, 3.0, 80.0, 1e4):
+        changed[1] = torch.full((64,), score)
+        expected = gate_movement(kind, changed[1].double(), one(temperature), uniform).sum().item()
+        moved = adam_results(kernels["gated_adam_step_"], changed, rest, kind, True)[4] - changed[4]
+        assert moved.item() == pytest.approx(expected, rel=1e-5, abs=1e-12), score
 
 
 def test_gated_adam_step_on_strided_buffers(compiled):

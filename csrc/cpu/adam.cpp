@@ -29,10 +29,8 @@ double adam_dense(const Buffers& buffers, int64_t count, const Step& step, const
   for_each_block(count, [&](int64_t start, int64_t n) {
     T v[block_size], m[block_size], avg[block_size], avg_sq[block_size], w[block_size], g[block_size];
     T u[block_size], next_u[block_size];
-    if (is_random(step.kind)) {
-      loop.uniform(step.draw, start, n, u);
-      loop.uniform(step.next_draw, start, n, next_u);
-    }
+    if (has_random_slope(step.kind)) loop.uniform(step.draw, start, n, u);
+    if (is_random(step.kind)) loop.uniform(step.next_draw, start, n, next_u);
     const AdamBlock<T> block = {buffers.scores.update(start, n, m),
                                 buffers.exp_avg.update(start, n, avg),
                                 buffers.exp_avg_sq.update(start, n, avg_sq),

@@ -50,7 +50,7 @@ void gate_weight_backward_dense(const Tensor& out, const Tensor& grad, const Ten
   const Loops<T>& loop = loops<T>();
   for_each_block(weight.numel(), [&](int64_t start, int64_t n) {
     T g[block_size], w[block_size], m[block_size], u[block_size], result[block_size];
-    if (is_random(kind)) loop.uniform(draw, start, n, u);
+    if (has_random_slope(kind)) loop.uniform(draw, start, n, u);
     T* target = out_array.target(start, result);
     loop.gate_weight_backward[static_cast<int>(kind)](grad_array.read(start, n, g), weight_array.read(start, n, w),
                                                       scores_array.read(start, n, m), u, inverse, target, n);

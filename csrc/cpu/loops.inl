@@ -52,7 +52,7 @@ template <Kind kind, typename T>
 FFW_LOOP void gate_weight_backward(const T* __restrict grad, const T* __restrict w, const T* __restrict m,
                                    const T* __restrict u, T inverse, T* __restrict out, int64_t n) {
   for (int64_t i = 0; i < n; ++i) {
-    out[i] = grad[i] * w[i] * gate_slope<kind>(m[i], inverse, is_random(kind) ? u[i] : T(0));
+    out[i] = grad[i] * w[i] * gate_slope<kind>(m[i], inverse, has_random_slope(kind) ? u[i] : T(0));
   }
 }
 
@@ -64,7 +64,7 @@ FFW_LOOP void adam_step(const AdamBlock<T>& block, const Adam<T>& settings, int6
   const Adam<T> adam = settings;
   FFW_NO_ALIAS
   for (int64_t i = 0; i < n; ++i) {
-    const T slope = gate_slope<kind>(scores[i], inverse, is_random(kind) ? u[i] : T(0));
+    const T slope = gate_slope<kind>(scores[i], inverse, has_random_slope(kind) ? u[i] : T(0));
     scores[i] = adam_update(scores[i], grad[i] * weight[i] * slope, exp_avg[i], exp_avg_sq[i], adam);
   }
 }
@@ -89,8 +89,10 @@ FFW_LOOP double gate_weight_and_movement(const T* __restrict w, const T* __restr
     out[i] = w[i] * gate_value<kind>(m[i], inverse, uniform);
     total += gate_movement<kind>(m[i], inverse, uniform);
   }
-  for (int lane = 0; lane < lanes; ++lane) total += sums[lane];
-  return total;
+  for (int half = lanes / 2; half > 0; half /= 2) {
+    for (int lane = 0; lane < half; ++lane) sums[lane] += sums[lane + half];
+  }
+  return total + sums[0];
 }
 
 // Softmax -------------------------------------------------------------------------------------------------------------

@@ -4,8 +4,8 @@ import pytest
 import torch
 from ffw_fast.kernels.gated_adam import gated_adam_step_
 
-from ffw_fast import ops
-from ffw_fast.gates import GateKind
+from ffw_fast import ops, philox
+from ffw_fast.gates import GateKind, gate_movement
 
 from .common import DEVICE, KINDS, assert_as_good, draw, normal, one, with_gaps
 
@@ -79,6 +79,18 @@ def test_other_settings(betas):
         exact = run(ops.gated_adam_step_default_, doubled(tensors), GateKind.FFW, False, count, settings)
         for name in NAMES:
             assert_as_good(result[name], default[name], exact[name])
+
+
+@pytest.mark.parametrize("kind", [GateKind.FFW, GateKind.BERNOULLI, GateKind.CONCRETE])
+def test_movement_of_gates_far_from_the_middle(kind):
+    tensors, uniform = state(64), philox.uniform(64, draw(1, 6, 0)).double()
+    for temperature in (1.0, 1e-38):
+        for score in (-1e4, -80.0, -1e-4, 0.0, 80.0, 1e4):
+            tensors["scores"].fill_(score)
+            result = run(gated_adam_step_, tensors, kind, True, temperatures=(temperature, temperature))
+            scores = result["scores"].double()
+            expected = gate_movement(kind, scores, one(temperature), uniform).sum()
+            torch.testing.assert_close(result["movement"] - 0.5, expected, rtol=1e-5, atol=1e-12)
 
 
 def test_draws_with_gaps():
