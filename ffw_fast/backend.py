@@ -160,10 +160,16 @@ def backend_info() -> dict:
         "torch": torch.__version__,
         "triton": metadata.version("triton") if util.find_spec("triton") else None,
         "compiler": _first_program(os.environ.get("CXX"), "c++", "g++", "clang++"),
-        "nvcc": _first_program("nvcc", "/usr/local/cuda/bin/nvcc"),
+        "nvcc": find_nvcc(),
         "cpu": cpu,
         "cuda": cuda,
     }
+
+
+def find_nvcc() -> str | None:
+    """The nvcc that ``setup.py`` would build with, which looks for it in the same order."""
+    homes = (os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda")
+    return _first_program(*(os.path.join(home, "bin", "nvcc") for home in homes if home), "nvcc")
 
 
 def without_folders(info: dict) -> dict:

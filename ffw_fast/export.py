@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
+from ffw_fast.modes import evaluation_mode
 from ffw_fast.precision import full_float32
 
 TOLERANCE = 1e-4  # of the largest output; other kernels round differently
@@ -46,10 +47,9 @@ def export(model: nn.Module, example: Tensor, path: str | os.PathLike[str], form
     write, run = WRITERS[format]()
     batch = torch.cat([example, example[:1]])
     temporary = path.with_name(f".{path.stem}.writing.{format}")
-    was_training = model.training
     try:
-        with torch.no_grad(), _quiet():
-            write(model.eval(), example, temporary)
+        with evaluation_mode(model), torch.no_grad(), _quiet():
+            write(model, example, temporary)
             with full_float32():
                 expected = model(batch)
                 difference = float((run(temporary, batch).to(expected) - expected).abs().max())
@@ -57,7 +57,6 @@ def export(model: nn.Module, example: Tensor, path: str | os.PathLike[str], form
             raise ValueError(f"the exported network computes something else: outputs differ by up to {difference:.3g}")
         temporary.replace(path)
     finally:
-        model.train(was_training)
         temporary.unlink(missing_ok=True)
     return difference
 

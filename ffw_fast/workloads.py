@@ -79,6 +79,7 @@ _UNBIASED_DIGITS = Option(
     "different digits in the unbiased training set (default: all that are for it)",
     of_unbiased_sets=True,
 )
+_CACHE_DIR = Option("cache_dir", str, "folder for decoded images that do not fit into memory (default: beside them)")
 
 _MULTI_COLOR_MNIST = Workload(
     name="multi-color-mnist",
@@ -138,7 +139,7 @@ _CELEBA = Workload(
     options=(
         Option("image_size", int, "height and width in pixels, from 32 to 224 (default: 224)"),
         _TRAIN_SIZE,
-        Option("cache_dir", str, "folder for decoded images that do not fit into memory (default: beside them)"),
+        _CACHE_DIR,
     ),
     num_classes=2,
     num_bias_classes=2,
@@ -159,6 +160,7 @@ _CORRUPTED_CIFAR10 = Workload(
         Option("percent", float, "of conflicting images in the vanilla set: 0.5, 1, 2 or 5 (default: 1)"),
         _TRAIN_SIZE,
         _UNBIASED_SIZE,
+        _CACHE_DIR,
     ),
     bise_where="layer*",
 )

@@ -1,7 +1,9 @@
 """Loading the compiled kernels, and what is said where that fails. Each case in a process of its own."""
 
+import ast
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import ffw_fast.backend
-from ffw_fast.backend import backend_info, requested_backend
+from ffw_fast.backend import backend_info, find_nvcc, requested_backend
 
 PACKAGE = Path(ffw_fast.backend.__file__).parent
 
@@ -113,3 +115,23 @@ def test_unknown_backend(monkeypatch):
     monkeypatch.setenv("FFW_FAST_BACKEND", "fast")
     with pytest.raises(ValueError, match="FFW_FAST_BACKEND must be one of auto, cpp, cuda, triton, torch, got 'fast'"):
         requested_backend()
+
+
+@pytest.mark.parametrize("home", ["CUDA_HOME", "CUDA_PATH", "PATH"])
+def test_the_nvcc_that_is_named_is_the_one_that_builds(home, tmp_path, monkeypatch):
+    setup = Path(__file__).parents[1] / "setup.py"
+    if not setup.exists():
+        pytest.skip("needs a source checkout")
+    (function,) = (part for part in ast.parse(setup.read_text()).body if getattr(part, "name", None) == "find_nvcc")
+    names: dict = {"os": os, "shutil": shutil, "Path": Path}
+    exec(compile(ast.Module([function], []), str(setup), "exec"), names)
+
+    nvcc = tmp_path / "bin" / "nvcc"
+    nvcc.parent.mkdir()
+    nvcc.write_text("#!/bin/sh\n")
+    nvcc.chmod(0o755)
+    for variable in ("CUDA_HOME", "CUDA_PATH"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setenv(home, str(tmp_path if home != "PATH" else nvcc.parent))
+    assert find_nvcc() == names["find_nvcc"]()
+    assert home == "PATH" or find_nvcc() == str(nvcc)

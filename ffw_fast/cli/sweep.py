@@ -113,6 +113,11 @@ def _engine(options: argparse.Namespace, trials: int) -> Iterator[Engine]:
         finally:
             cluster.close()
         return
-    cores = len(os.sched_getaffinity(0))
+    cores = _available_cores()
     processes = options.processes or min(trials, max(1, cores // (options.threads or 1)))
     yield LocalProcesses(processes, options.threads or max(1, cores // processes), options.retries)
+
+
+def _available_cores() -> int:
+    """Cores that this process may use; where the system does not tell, all there are."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

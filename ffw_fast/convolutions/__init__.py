@@ -17,6 +17,7 @@ from ffw_fast.convolutions.batch_innermost import keep_batch_innermost
 from ffw_fast.convolutions.fft import FftConv2d, can_use_fft, has_compiled_kernel, is_worth_it, memory_of_steps
 from ffw_fast.convolutions.tensor_core import TensorCoreConv2d
 from ffw_fast.convolutions.unrolled import UnrolledConv2d, is_worth_unrolling
+from ffw_fast.modes import evaluation_mode
 from ffw_fast.tanh import use_fast_tanh
 
 Sizes = set[tuple[int, int]]
@@ -110,10 +111,9 @@ def _cheapest(layer: nn.Conv2d, sizes: Sizes) -> str | None:
 def cheapest_convolutions(model: nn.Module, example: Tensor) -> Iterator[None]:
     """Within it the model's convolutions and tanh are the cheapest ones; afterwards its modules are what they were."""
     classes = {module: module.__class__ for module in model.modules()}
-    was_training = model.training
     try:
-        use_cheapest_convolutions(model.eval(), example)  # in eval mode running statistics stay as they are
-        model.train(was_training)
+        with evaluation_mode(model):  # in which running statistics stay as they are
+            use_cheapest_convolutions(model, example)
         use_fast_tanh(model)
         with repeatable_convolutions(), memory_of_steps():
             yield

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ffw_fast.data.image_cache import cache_folder
 from ffw_fast.data.image_files import load_images
 from ffw_fast.data.pixels import Pixels
 from ffw_fast.data.samples import Samples, Splits, check_count
@@ -18,7 +19,6 @@ SIDE = 224  # pixels
 SMALLEST_SIDE = 32
 MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet
 TRAIN, VALID, TEST = 0, 1, 2  # as list_eval_partition numbers them
-CACHE = "ffw_fast-cache"
 WHERE_TO_GET = (
     "CelebA is DIR/celeba/list_attr_celeba.txt, DIR/celeba/list_eval_partition.txt (or both as .csv) and "
     "DIR/celeba/img_align_celeba/000001.jpg and so on, where DIR is named as data_dir (--data-dir); its publishers' "
@@ -81,7 +81,7 @@ def celeba(
     vanilla = vanilla[: check_count("train_size", train_size, len(vanilla), most=len(vanilla))]
     unbiased = _balanced(listing, rows[VALID], seed, "valid")
     cut = round(0.6 * len(unbiased))
-    cache = Path(cache_dir) if cache_dir is not None else folder / CACHE
+    cache = cache_folder(cache_dir, folder)
 
     def load(chosen: Tensor) -> Samples:
         part = listing.of(chosen)

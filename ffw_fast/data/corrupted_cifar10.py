@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from ffw_fast.data.image_cache import cache_folder
 from ffw_fast.data.image_files import load_images
 from ffw_fast.data.pixels import Pixels
 from ffw_fast.data.samples import Samples, Splits, check_count, split_60_20_20
@@ -29,6 +30,7 @@ def corrupted_cifar10(
     percent: float | None = None,
     train_size: int | None = None,
     unbiased_size: int | None = None,
+    cache_dir: str | None = None,
 ) -> Splits:
     """Corrupted CIFAR-10, 32x32, normalised by CIFAR's mean and deviation, with one bias, the kind of corruption.
 
@@ -47,6 +49,7 @@ def corrupted_cifar10(
         percent: of conflicting images among the vanilla ones.
         train_size: images of the vanilla set, taken at random.
         unbiased_size: images of the unbiased training set.
+        cache_dir: folder for decoded images that do not fit into memory; by default ``ffw_fast-cache`` beside them.
 
     Raises:
         FileNotFoundError, NotADirectoryError, ValueError: a folder or an image is missing or not what it should be.
@@ -61,7 +64,8 @@ def corrupted_cifar10(
     train, val, test = (unbiased[part] for part in split_60_20_20(len(unbiased)))
     vanilla = vanilla[: check_count("train_size", train_size, len(vanilla), most=len(vanilla))]
     train = train[: check_count("unbiased_size", unbiased_size, len(train), most=len(train))]
-    return Splits(*(_load(paths, folder) for paths in (vanilla, train, val, test)))
+    cache = cache_folder(cache_dir, folder)
+    return Splits(*(_load(paths, cache) for paths in (vanilla, train, val, test)))
 
 
 def _percent_folder(folder: Path, percent: float) -> Path:
@@ -89,9 +93,9 @@ def _shuffled(paths: list[Path], seed: int, purpose: str) -> list[Path]:
     return [paths[row] for row in random_order(len(paths), seed, purpose).tolist()]
 
 
-def _load(paths: Sequence[Path], folder: Path) -> Samples:
+def _load(paths: Sequence[Path], cache: Path) -> Samples:
     labels = torch.tensor([_labels(path) for path in paths])
-    images, mapped = load_images(paths, SIDE, folder / "ffw_fast-cache")
+    images, mapped = load_images(paths, SIDE, cache)
     return Samples(Pixels(images, MEAN, DEVIATION, mapped=mapped), labels[:, 0], labels[:, 1:])
 
 

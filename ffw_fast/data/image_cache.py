@@ -1,6 +1,5 @@
 """Decoded images in a file that is built once, verified by its checksum and mapped into every process that reads it."""
 
-import fcntl
 import hashlib
 import json
 import os
@@ -14,7 +13,13 @@ from torch import Tensor
 
 from ffw_fast.data.memory import describe_bytes
 
+CACHE = "ffw_fast-cache"
 PIECE = 1 << 24  # bytes read at a time for the checksum
+
+
+def cache_folder(cache_dir: str | None, data: Path) -> Path:
+    """The folder named, by default one beside the images."""
+    return data / CACHE if cache_dir is None else Path(cache_dir)
 
 
 def mapped_images(
@@ -57,6 +62,8 @@ def _name(paths: Sequence[Path], shape: tuple[int, ...]) -> str:
 
 @contextmanager
 def _locked(cache_dir: Path, name: str) -> Iterator[None]:
+    import fcntl  # of POSIX systems alone, as a file mapped by several processes is
+
     try:
         cache_dir.mkdir(parents=True, exist_ok=True)
         with (cache_dir / f"{name}.lock").open("w") as file:

@@ -54,6 +54,14 @@ def test_the_seed_and_the_sizes_decide(folder):
     assert torch.equal(few.test.x.images, first.test.x.images)
 
 
+def test_images_that_do_not_fit_are_decoded_into_the_folder_named(folder, tmp_path, monkeypatch):
+    expected = corrupted_cifar10(folder)
+    monkeypatch.setattr("ffw_fast.data.image_files.memory_budget", lambda: 0)
+    mapped = corrupted_cifar10(folder, cache_dir=str(tmp_path / "cache"))
+    assert torch.equal(mapped.train.x.images, expected.train.x.images)
+    assert len(list((tmp_path / "cache").glob("*.uint8"))) == 4
+
+
 def test_without_a_folder_or_its_files_it_says_where_to_get_them(folder, tmp_path):
     for data_dir, error in ((None, ValueError), (tmp_path, FileNotFoundError)):
         with pytest.raises(error, match="Learning-Debiased-Disentangled"):
