@@ -34,7 +34,7 @@ gpu-check: venv
 	$(BIN)/python -m ffw_fast.benchmarks.ladder
 
 clean:
-	rm -rf .venv build dist runs *.egg-info ffw_fast/*.so
+	rm -rf .venv build dist *.egg-info ffw_fast/*.so
 	rm -rf .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks
 
 $(BIN)/python:

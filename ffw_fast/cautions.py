@@ -12,10 +12,12 @@ from torch import Tensor, nn
 from ffw_fast.bottleneck import bottleneck_module
 from ffw_fast.flat_gates import FlatGates
 from ffw_fast.measure import Measurement
-from ffw_fast.modules import ungated_subclasses
+from ffw_fast.modules import ungated_weights
+from ffw_fast.parts import DENSE_LAYERS
 from ffw_fast.schedule import Schedule
 
 DEVIATIONS = 2.0  # of an accuracy at chance from it, by chance
+MOST_NAMES = 8  # in a line
 MOST_WITHOUT_GRADIENT = 0.5  # share of the gates
 
 
@@ -41,11 +43,12 @@ def highest_by_chance(labels: Tensor) -> float:
 
 
 def of_layers(model: nn.Module) -> Iterator[str]:
-    """Of layers that look like Conv or Linear and have no gates."""
-    if others := ungated_subclasses(model):
+    """Of weights that have no gates."""
+    if weights := ungated_weights(model):
+        shown = ", ".join(weights[:MOST_NAMES]) + f" and {len(weights) - MOST_NAMES} more" * (len(weights) > MOST_NAMES)
         yield (
-            f"layers {', '.join(others)} have no gates and keep all weights: they are subclasses of Conv or Linear, "
-            "which may use their weight in a way of their own"
+            f"the weights {shown} have no gates and stay as they are, whatever they know of the bias: gates are of "
+            f"{', '.join(layer.__name__ for layer in DENSE_LAYERS)}, and not of their subclasses"
         )
 
 

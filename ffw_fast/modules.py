@@ -290,18 +290,23 @@ def _why_none(model: nn.Module, found: dict[str, nn.Module]) -> str:
         return " of the given names"
     if masked_layers(model):
         return " that is not masked already"
-    if others := ungated_subclasses(model):
-        return f", only subclasses, which may use their weight in a way of their own: {', '.join(others)}"
+    if others := ungated_weights(model):
+        return f", only weights of other modules, which cannot be gated: {', '.join(others)}"
     return ""
 
 
-def ungated_subclasses(model: nn.Module) -> list[str]:
-    """Names and classes of what is a Conv or Linear layer by inheritance alone, and so is never gated."""
-    gated = {name for name, _layer in _dense_layers(model)}
+def ungated_weights(model: nn.Module) -> list[str]:
+    """Names of the weights that are of no layer with gates, and the classes of the modules whose they are.
+
+    Weights are parameters that extend in at least two dimensions: no biases, no scales of channels.
+    """
+    gated = {layer for _name, layer in _dense_layers(model)}
     return [
-        f"{name!r} ({type(layer).__name__})"
-        for name, layer in model.named_modules()
-        if isinstance(layer, tuple(MASKED_CLASSES)) and name not in gated
+        f"{f'{name}.{own}' if name else own!r} ({type(module).__name__})"
+        for name, module in model.named_modules()
+        if module not in gated
+        for own, weight in module.named_parameters(recurse=False)
+        if sum(size > 1 for size in weight.shape) >= 2
     ]
 
 

@@ -339,11 +339,28 @@ class OwnLinear(nn.Linear):
     pass
 
 
-def test_layers_of_a_class_of_their_own_are_pointed_out():
-    model = perceptron(OwnLinear(64, 64))
-    found = found_in(model, bottleneck="last")
-    assert any("layers '1' (OwnLinear) have no gates and keep all weights" in text for text in found.warnings)
-    with pytest.raises(ValueError, match=r"no Conv or Linear layer, only subclasses.*: '0' \(OwnLinear\)"):
+class Transposed(nn.ConvTranspose1d):
+    """A layer with a parameter beside its weight, and a scale of channels that is none of its weights."""
+
+    def __init__(self) -> None:
+        super().__init__(1, 1, 1)
+        self.table, self.scale = nn.Parameter(torch.ones(64, 1).T.repeat(2, 1)), nn.Parameter(torch.ones(1, 64, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.unsqueeze(1)).squeeze(1) * self.table.mean(0)
+
+
+@pytest.mark.parametrize(
+    ("layer", "named"), [(OwnLinear(64, 64), "'1.weight' (OwnLinear)"), (Transposed(), "'1.table' (Transposed)")]
+)
+def test_weights_without_gates_are_pointed_out(layer, named):
+    found = found_in(perceptron(layer), bottleneck="last")
+    assert any(text.startswith(f"the weights {named} have no gates and stay as they are") for text in found.warnings)
+    assert not any("have no gates" in text for text in found_in(perceptron(), bottleneck="last").warnings)
+
+
+def test_a_model_of_weights_that_cannot_be_gated():
+    with pytest.raises(ValueError, match=r"no Conv or Linear layer, only weights of other.*: '0.weight' \(OwnLinear\)"):
         mask_model(nn.Sequential(OwnLinear(2, 2)))
 
 
