@@ -42,6 +42,7 @@ def commands_of(page: Path) -> list[str]:
     lines = [line for block in blocks for line in block.splitlines()]
     inline = [" ".join(code.split()) for code in re.findall(r"`([^`]+)`", BLOCK.sub("", text))]
     commands = lines + [code for code in inline if " --" in code and "\\|" not in code]
+    commands = [re.sub(r"^([A-Z_]+=\S+ )+", "", command) for command in commands]
     return [re.sub(r"\$\w+", "1", line) for line in commands if re.match(r"(ffw-fast|torchrun|podman run) ", line)]
 
 
