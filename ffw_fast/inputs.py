@@ -71,13 +71,9 @@ def prepare(model: nn.Module, train: Any, val: Any, settings: Settings) -> Probl
         val_set = train_set
     else:
         val_set = as_samples(val, "val", settings.num_bias_classes)
-    if train_set.b.shape[1] != val_set.b.shape[1]:
-        raise ValueError(f"train has {train_set.b.shape[1]} biases and val has {val_set.b.shape[1]}")
-    shapes = [tuple(samples.x.shape[1:]) for samples in (train_set, val_set)]
-    if shapes[0] != shapes[1]:
-        raise ValueError(f"samples of train and val differ in shape: {shapes[0]} and {shapes[1]}")
+    _check_alike(train_set, val_set, "val")
     dtype = check_layers(model)
-    train_set, val_set = (_widened(part, dtype, name) for part, name in ((train_set, "train"), (val_set, "val")))
+    train_set, val_set = (widened(part, dtype, name) for part, name in ((train_set, "train"), (val_set, "val")))
     width = check_model(model, settings.bottleneck, (train_set, val_set))
     if any(part.training and isinstance(part, _DropoutNd) for part in model.modules()):
         warnings.warn(
@@ -85,6 +81,20 @@ def prepare(model: nn.Module, train: Any, val: Any, settings: Settings) -> Probl
             stacklevel=3,
         )
     return Problem(settings, model, train_set, val_set, width)
+
+
+def check_test(problem: Problem, test: Samples) -> None:
+    """``TypeError`` or ``ValueError`` where what is found could not be measured on this set."""
+    _check_alike(problem.train, test, "test")
+    check_model(problem.model, problem.settings.bottleneck, [widened(test, problem.train.x.dtype, "test")])
+
+
+def _check_alike(train: Samples, other: Samples, name: str) -> None:
+    if train.b.shape[1] != other.b.shape[1]:
+        raise ValueError(f"train has {train.b.shape[1]} biases and {name} has {other.b.shape[1]}")
+    shapes = [tuple(samples.x.shape[1:]) for samples in (train, other)]
+    if shapes[0] != shapes[1]:
+        raise ValueError(f"samples of train and {name} differ in shape: {shapes[0]} and {shapes[1]}")
 
 
 def as_samples(data: Any, name: str, num_bias_classes: int | None) -> Samples:
@@ -155,7 +165,7 @@ def _checked(x: Inputs, y: Tensor, b: Tensor, name: str, num_bias_classes: int |
     return Samples(x, y, b)
 
 
-def _widened(samples: Samples, dtype: torch.dtype, name: str) -> Samples:
+def widened(samples: Samples, dtype: torch.dtype, name: str) -> Samples:
     """The samples with x in the model's dtype, if no digit is lost."""
     given = samples.x.dtype
     if torch.promote_types(given, dtype) != dtype:

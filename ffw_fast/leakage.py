@@ -11,6 +11,7 @@ from ffw_fast.convolutions import cheapest_convolutions
 from ffw_fast.data.samples import EVALUATION_BATCH, Inputs, Samples
 from ffw_fast.evaluation import evaluate_predictions
 from ffw_fast.heads import PrivateHeads
+from ffw_fast.inputs import widened
 from ffw_fast.measure import measure
 from ffw_fast.ops import joint_distribution, joint_information
 from ffw_fast.seeding import seeded_generator
@@ -36,8 +37,9 @@ def leakage(
     shuffled labels: what the formula gives where there is nothing to read. ``biasedness`` and ``output_mi`` are of the
     network's own answers: see ``ffw_fast.theory``.
     """
-    device = next(network.parameters()).device
-    train, test = train.to(device), test.to(device)
+    weight = next(network.parameters())
+    device, dtype = weight.device, weight.dtype
+    train, test = (widened(part, dtype, name).to(device) for part, name in ((train, "train"), (test, "test")))
     with cheapest_convolutions(network, test.x[:2]):
         logits, test_features = _outputs(network, bottleneck, test.x)
         heads = PrivateHeads.create(

@@ -34,6 +34,25 @@ def data():
 def two():
     return samples(40), samples(20, seed=1)
 
+def halves():
+    return tuple((x.half(), y, b) for x, y, b in data())
+
+def fitting_but(change):
+    train, val, (x, y, b) = data()
+    return train, val, change(x, y, b)
+
+def double_test():
+    return fitting_but(lambda x, y, b: (x.double(), y, b))
+
+def narrow_test():
+    return fitting_but(lambda x, y, b: (x[:, :5], y, b))
+
+def unknown_test():
+    return fitting_but(lambda x, y, b: (x, y + 3, b))
+
+def two_biases_in_test():
+    return fitting_but(lambda x, y, b: (x, y, torch.stack([b.flatten(), b.flatten()], 1)))
+
 def two_biases():
     return samples(40, 2), samples(20, 2, seed=1)
 
@@ -134,6 +153,25 @@ def test_it_resumes_and_without_a_test_set_the_validation_set_is_measured():
     assert run("--model", "mine:untrained", "--data", "mine:two_biases") == 0
     assert json.loads(Path("out/config.json").read_text())["samples"] == {"train": 40, "val": 20}
     assert run("--model", "mine:untrained", "--data", "mine:two_biases", "--max-epochs", "3", "--resume") == 0
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ("double_test", "test: x is torch.float64 and the model's weights are torch.float32"),
+        ("narrow_test", "samples of train and test differ in shape: (6,) and (5,)"),
+        ("unknown_test", "y holds label 5, but the model has 3 classes"),
+        ("two_biases_in_test", "train has 1 biases and test has 2"),
+    ],
+)
+def test_a_test_set_that_does_not_fit_is_refused_before_the_extraction(data, message, capsys, monkeypatch):
+    monkeypatch.setattr("ffw_fast.runs.run.extract_by", lambda *_, **__: pytest.fail("extracted"))
+    assert run("--model", "mine:model", "--data", f"mine:{data}") == 2
+    assert message in capsys.readouterr().err
+
+
+def test_data_in_half_precision():
+    assert run("--model", "mine:model", "--data", "mine:halves") == 0
 
 
 def test_what_was_measured_without_a_test_set_is_said(capsys):

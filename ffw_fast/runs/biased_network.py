@@ -4,9 +4,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from ffw_fast.data.samples import Splits
+from ffw_fast.data.samples import Samples, Splits
 from ffw_fast.distributed import Alone
 from ffw_fast.files import digest, read_json, read_tensors, write_json, write_tensors
 from ffw_fast.inputs import check_device
@@ -25,6 +26,8 @@ from ffw_fast.runs.writing import (
     remove_leftovers,
 )
 from ffw_fast.vanilla import train_vanilla
+
+FINGERPRINT_SAMPLES = 1000
 
 
 def prepare_vanilla(request: Request, progress: Progress) -> None:
@@ -98,7 +101,15 @@ def is_given(request: Request, splits: Splits) -> bool:
 
 def _record(request: Request, splits: Splits) -> dict[str, Any]:
     """How the biased network came to be."""
-    return {**vanilla_identity(request), "samples": splits.vanilla and len(splits.vanilla.y)}
+    samples = splits.vanilla
+    seen = None if samples is None else {"samples": len(samples.y), "data": _fingerprint(samples)}
+    return {**vanilla_identity(request), **(seen or {"samples": None})}
+
+
+def _fingerprint(samples: Samples) -> str:
+    """Of all labels, and of the inputs of a few samples: to read all images of a large set would take minutes."""
+    x, *others = samples.identity()
+    return digest(x[torch.linspace(0, len(x) - 1, min(len(x), FINGERPRINT_SAMPLES)).long()], *others)
 
 
 def _kept_vanilla(out: Path, record: dict[str, Any]) -> dict[str, Tensor] | None:

@@ -19,7 +19,7 @@ from ffw_fast.distributed import Alone, processes
 from ffw_fast.extract import extract_by
 from ffw_fast.extraction import CONFIG, METRICS, Extraction, sparsity, weight_sparsity
 from ffw_fast.files import read_json, write_json
-from ffw_fast.inputs import check_device, prepare
+from ffw_fast.inputs import check_device, check_test, prepare
 from ffw_fast.interrupts import Terminated
 from ffw_fast.leakage import leakage
 from ffw_fast.progress import Progress
@@ -91,8 +91,10 @@ def _run_locked(request: Request, config: dict[str, Any], progress: Progress, gr
         task = extraction_task(request, splits)
         config["settings"] = task.settings.as_dict()
         if not is_given(request, splits):  # what does not fit is found out before its training, and before it is kept
-            group.together(lambda: check_task(task, request.workload.build_model(request.seed)))
+            group.together(lambda: check_task(task, splits.test, request.workload.build_model(request.seed)))
         vanilla = shared_vanilla(request, splits, progress, group)
+        if is_given(request, splits):
+            group.together(lambda: check_task(task, splits.test, vanilla))
         clock.lap("vanilla")
         extracting = _Extracting(request, task, vanilla, lambda: _begin(request, config, splits, vanilla))
         found, complete = extracting.reached(progress)
@@ -183,10 +185,10 @@ def extraction_task(request: Request, splits: Splits) -> Task:
     return Task(settings, train, val)
 
 
-def check_task(task: Task, model: nn.Module) -> None:
-    """The errors of ``extract`` where data and settings do not fit a model of this kind."""
+def check_task(task: Task, test: Samples, model: nn.Module) -> None:
+    """The errors of ``extract`` where data and settings do not fit a model of this kind, and those of the test set."""
     settings = task.settings
-    prepare(model, task.train, task.val, settings)
+    check_test(prepare(model, task.train, task.val, settings), test)
     if settings.granularity == "channel":
         ChannelGraph(model.eval(), settings.where).check_bottleneck(settings.bottleneck)
 

@@ -133,6 +133,18 @@ def test_the_vanilla_network_is_trained_anew_where_anything_differs(finished, ch
     assert "vanilla training" in stages.seen
 
 
+def test_the_vanilla_network_is_trained_anew_where_the_folder_holds_other_data(finished):
+    request = request_for(finished)
+
+    def load(*place, **options):
+        splits = request.workload.load(*place, **options)
+        return replace(splits, vanilla=splits.vanilla._replace(x=splits.vanilla.x.flip(0)))
+
+    stages = Stages()
+    run_workload(replace(request, workload=replace(request.workload, data=load)), stages)
+    assert "vanilla training" in stages.seen
+
+
 @pytest.mark.parametrize("name", ["vanilla.safetensors", "vanilla.json"])
 def test_a_damaged_vanilla_network_is_not_used(finished, name):
     expected = contents(finished)["vanilla.safetensors"]
