@@ -22,6 +22,7 @@ class Option:
     type: type[int] | type[float] | type[bool] | type[str]
     help: str
     of_unbiased_sets: bool = False  # the biased network does not depend on it
+    changes_results: bool = True
 
     @property
     def flag(self) -> str:
@@ -79,7 +80,12 @@ _UNBIASED_DIGITS = Option(
     "different digits in the unbiased training set (default: all that are for it)",
     of_unbiased_sets=True,
 )
-_CACHE_DIR = Option("cache_dir", str, "folder for decoded images that do not fit into memory (default: beside them)")
+_CACHE_DIR = Option(
+    "cache_dir",
+    str,
+    "folder for decoded images that do not fit into memory (default: beside them)",
+    changes_results=False,
+)
 
 _MULTI_COLOR_MNIST = Workload(
     name="multi-color-mnist",

@@ -33,7 +33,7 @@ from ffw_fast.run_lock import locked
 from ffw_fast.run_state import OtherRunError, check_same_run
 from ffw_fast.runs.biased_network import trained_vanilla
 from ffw_fast.runs.reading import REPORT
-from ffw_fast.runs.request import Request, how_made
+from ffw_fast.runs.request import Request, how_made, identifying_options
 from ffw_fast.runs.run import extraction_task
 from ffw_fast.runs.writing import RESULTS as OF_A_RUN
 from ffw_fast.runs.writing import check_folder, check_free
@@ -136,7 +136,7 @@ def _identity(request: Request) -> dict[str, Any]:
     return {
         "workload": request.workload.name,
         "data_dir": request.data_dir and os.path.abspath(request.data_dir),
-        "data_options": request.data_options,
+        "data_options": identifying_options(request),
         "vanilla_epochs": request.recipe and request.recipe.epochs,
         "settings": settings,
     }

@@ -2,6 +2,7 @@
 
 import os
 import platform
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from ffw_fast.backend import backend_info, without_folders
 from ffw_fast.settings import Settings
 from ffw_fast.vanilla import Recipe
 from ffw_fast.version import __version__
-from ffw_fast.workloads import Workload
+from ffw_fast.workloads import Option, Workload
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ def config_of(request: Request) -> dict[str, Any]:
         "title": request.workload.title,
         "seed": request.seed,
         "data_dir": request.data_dir and os.path.abspath(request.data_dir),
-        "data_options": request.data_options,
+        "data_options": identifying_options(request),
         "vanilla_recipe": recipe_as_json(request.recipe),
         "settings": request.settings.as_dict(),
         "guess_bias": request.guess_bias,
@@ -102,10 +103,19 @@ def recipe_as_json(recipe: Recipe | None) -> dict[str, Any] | None:
     return None if recipe is None else {**asdict(recipe), "milestones": list(recipe.milestones)}
 
 
+def identifying_options(request: Request) -> dict[str, Any]:
+    """The workload's options that results depend on."""
+    return _options(request, lambda option: option.changes_results)
+
+
 def vanilla_options(request: Request) -> dict[str, Any]:
     """The workload's options without those of the unbiased sets."""
-    others = {option.name for option in request.workload.options if option.of_unbiased_sets}
-    return {name: value for name, value in request.data_options.items() if name not in others}
+    return _options(request, lambda option: not option.of_unbiased_sets)
+
+
+def _options(request: Request, chosen: Callable[[Option], bool]) -> dict[str, Any]:
+    names = {option.name for option in request.workload.options if chosen(option)}
+    return {name: value for name, value in request.data_options.items() if name in names}
 
 
 def vanilla_identity(request: Request) -> dict[str, Any]:
@@ -113,7 +123,7 @@ def vanilla_identity(request: Request) -> dict[str, Any]:
     return {
         "workload": request.workload.name,
         "data_dir": request.data_dir and os.path.abspath(request.data_dir),
-        "data_options": vanilla_options(request),
+        "data_options": _options(request, lambda option: option.changes_results and not option.of_unbiased_sets),
         "seed": request.seed,
         "recipe": recipe_as_json(request.recipe),
         "precision": request.settings.precision,

@@ -18,7 +18,7 @@ from ffw_fast.interrupts import Terminated
 from ffw_fast.progress import Progress
 from ffw_fast.run_lock import LOCK
 from ffw_fast.runs.biased_network import prepare_vanilla
-from ffw_fast.runs.request import Request, vanilla_identity
+from ffw_fast.runs.request import Request, config_of, vanilla_identity, vanilla_options
 from ffw_fast.runs.run import run_workload
 from ffw_fast.runs.writing import VANILLA_CHECKPOINTS
 from ffw_fast.workloads import get_workload
@@ -98,6 +98,16 @@ def test_a_biased_network_is_shared_by_runs_on_other_unbiased_sets(tmp_path):
     one, same = load(None, 3, train_size=100).vanilla, load(None, 3, **more).vanilla
     assert torch.equal(one.x, same.x)
     assert torch.equal(one.y, same.y)
+
+
+def test_where_images_are_kept_decoded_identifies_nothing(tmp_path):
+    here, there = (
+        request_for(tmp_path, workload=get_workload("celeba"), data_options={"train_size": 9, "cache_dir": folder})
+        for folder in ("/here", "/there")
+    )
+    assert vanilla_identity(here) == vanilla_identity(there)
+    assert config_of(here) == config_of(there)
+    assert vanilla_options(here)["cache_dir"] == "/here"
 
 
 def test_the_same_request_gives_the_same_results_from_the_kept_network(finished):
