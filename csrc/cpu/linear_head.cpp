@@ -205,13 +205,6 @@ void fit(const Problem& problem, const Sgd<double>& settings, const Plateau& pla
   padded_momentum.save();
 }
 
-void check_range(const char* name, const Tensor& numbers, int64_t end) {
-  const int64_t* data = static_cast<const int64_t*>(numbers.data_ptr());
-  for (int64_t i = 0; i < numbers.numel(); ++i) {
-    check_value(data[i] >= 0 && data[i] < end, name, " must be in [0, ", end, "), got ", data[i]);
-  }
-}
-
 Tensor fit_linear_head_(Tensor weight, Tensor bias, Tensor weight_momentum, Tensor bias_momentum, Tensor plateau,
                         Tensor features, Tensor labels, Tensor order, int64_t batch_size, double lr, double momentum,
                         double weight_decay, double threshold, int64_t patience) {
@@ -219,8 +212,6 @@ Tensor fit_linear_head_(Tensor weight, Tensor bias, Tensor weight_momentum, Tens
   check_head(weight, bias, weight_momentum, bias_momentum, plateau, features, labels, order, batch_size);
   const Tensor dense_features = made_contiguous(features), dense_labels = made_contiguous(labels);
   const Tensor dense_order = made_contiguous(order);
-  check_range("labels", dense_labels, weight.size(1));
-  check_range("order", dense_order, features.size(0));
 
   Tensor losses = torch::stable::new_empty(plateau, {order.size(0)});
   torch::stable::fill_(losses, std::numeric_limits<double>::quiet_NaN());
@@ -234,8 +225,8 @@ Tensor fit_linear_head_(Tensor weight, Tensor bias, Tensor weight_momentum, Tens
                            order.size(1),
                            batch_size,
                            dense_features.data_ptr(),
-                           static_cast<const int64_t*>(dense_labels.data_ptr()),
-                           static_cast<const int64_t*>(dense_order.data_ptr())};
+                           checked_indices("labels", dense_labels, weight.size(1)),
+                           checked_indices("order", dense_order, features.size(0))};
   const Plateau rule = {threshold, patience, static_cast<double*>(new_plateau.dense().data_ptr())};
   const auto run = weight.scalar_type() == ScalarType::Double ? fit<double> : fit<float>;
   run(problem, {lr, momentum, weight_decay}, rule, new_weight.dense(), new_bias.dense(), new_weight_momentum.dense(),

@@ -22,13 +22,6 @@ Shape checked_shape(const Tensor& logits, const Tensor& labels) {
   return {logits.size(0), logits.size(1), logits.size(2)};
 }
 
-void check_labels(const int64_t* labels, const Shape& shape) {
-  for (int64_t i = 0; i < shape.n * shape.heads; ++i) {
-    check_value(labels[i] >= 0 && labels[i] < shape.classes, "labels must be in [0, ", shape.classes, "), got ",
-                labels[i]);
-  }
-}
-
 Tensor working(const Tensor& logits) {
   return made_contiguous(is_half(logits.scalar_type()) ? torch::stable::to(logits, ScalarType::Float) : logits);
 }
@@ -52,10 +45,9 @@ void add_to_joint(const T* logits, const int64_t* labels, const Shape& shape, in
 }
 
 template <typename T>
-void forward(const Tensor& logits, const Tensor& labels, const Shape& shape, const Tensor& information,
+void forward(const Tensor& logits, const int64_t* labels, const Shape& shape, const Tensor& information,
              const Tensor& joint) {
   const T* logits_data = static_cast<const T*>(logits.data_ptr());
-  const int64_t* labels_data = static_cast<const int64_t*>(labels.data_ptr());
   T* joint_data = static_cast<T*>(joint.data_ptr());
   const int64_t entries = shape.heads * shape.classes * shape.classes;
 
@@ -67,7 +59,7 @@ void forward(const Tensor& logits, const Tensor& labels, const Shape& shape, con
   std::vector<double> sums(chunks * entries);
   torch::stable::parallel_for(0, chunks, 1, [&](int64_t first, int64_t last) {
     for (int64_t chunk = first; chunk < last; ++chunk) {
-      add_to_joint(logits_data, labels_data, shape, chunk * rows_a_chunk,
+      add_to_joint(logits_data, labels, shape, chunk * rows_a_chunk,
                    std::min(shape.n, (chunk + 1) * rows_a_chunk), sums.data() + chunk * entries);
     }
   });
@@ -84,11 +76,10 @@ void forward(const Tensor& logits, const Tensor& labels, const Shape& shape, con
 }
 
 template <typename T>
-void backward(const Tensor& grad, const Tensor& logits, const Tensor& labels, const Tensor& joint, const Shape& shape,
-              const Tensor& out) {
+void backward(const Tensor& grad, const Tensor& logits, const int64_t* labels, const Tensor& joint,
+              const Shape& shape, const Tensor& out) {
   const T* grad_data = static_cast<const T*>(grad.data_ptr());
   const T* logits_data = static_cast<const T*>(logits.data_ptr());
-  const int64_t* labels_data = static_cast<const int64_t*>(labels.data_ptr());
   const T* joint_data = static_cast<const T*>(joint.data_ptr());
   T* out_data = static_cast<T*>(out.data_ptr());
   const int64_t classes = shape.classes, row_size = shape.heads * classes;
@@ -102,7 +93,7 @@ void backward(const Tensor& grad, const Tensor& logits, const Tensor& labels, co
     loops<T>().softmax(logits_data + first * row_size, (last - first) * shape.heads, classes,
                        out_data + first * row_size);
     for (int64_t i = first * shape.heads; i < last * shape.heads; ++i) {
-      const T* slope = slopes.data() + ((i % shape.heads) * classes + labels_data[i]) * classes;
+      const T* slope = slopes.data() + ((i % shape.heads) * classes + labels[i]) * classes;
       T* p = out_data + i * classes;
       T inner = 0;
       for (int64_t k = 0; k < classes; ++k) inner += p[k] * slope[k];
@@ -115,11 +106,11 @@ std::tuple<Tensor, Tensor> mutual_information(Tensor logits, Tensor labels) {
   check_on_cpu({&logits, &labels});
   const Shape shape = checked_shape(logits, labels);
   const Tensor dense_logits = working(logits), dense_labels = made_contiguous(labels);
-  check_labels(static_cast<const int64_t*>(dense_labels.data_ptr()), shape);
+  const int64_t* const label_data = checked_indices("labels", dense_labels, shape.classes);
   const Tensor information = torch::stable::new_empty(dense_logits, {shape.heads});
   const Tensor joint = torch::stable::new_empty(dense_logits, {shape.heads, shape.classes, shape.classes});
   const auto run = dense_logits.scalar_type() == ScalarType::Double ? forward<double> : forward<float>;
-  run(dense_logits, dense_labels, shape, information, joint);
+  run(dense_logits, label_data, shape, information, joint);
   return {information, joint};
 }
 
@@ -127,7 +118,7 @@ Tensor mutual_information_backward(Tensor grad, Tensor logits, Tensor labels, Te
   check_on_cpu({&grad, &logits, &labels, &joint});
   const Shape shape = checked_shape(logits, labels);
   const Tensor dense_logits = working(logits), dense_labels = made_contiguous(labels);
-  check_labels(static_cast<const int64_t*>(dense_labels.data_ptr()), shape);
+  const int64_t* const label_data = checked_indices("labels", dense_labels, shape.classes);
   check_value(grad.dim() == 1 && grad.size(0) == shape.heads, "grad must be one number a head, got ",
               shape_text(grad));
   check_value(joint.dim() == 3 && joint.size(0) == shape.heads && joint.size(1) == shape.classes &&
@@ -140,7 +131,7 @@ Tensor mutual_information_backward(Tensor grad, Tensor logits, Tensor labels, Te
   const bool direct = out.is_contiguous() && logits.scalar_type() == dtype;
   const Tensor result = direct ? out : torch::stable::new_empty(dense_logits, logits.sizes());
   const auto run = dtype == ScalarType::Double ? backward<double> : backward<float>;
-  run(dense_grad, dense_logits, dense_labels, dense_joint, shape, result);
+  run(dense_grad, dense_logits, label_data, dense_joint, shape, result);
   if (!direct) torch::stable::copy_(out, result);
   return out;
 }

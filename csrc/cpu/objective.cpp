@@ -125,14 +125,6 @@ void run(const Tensor& logits, const Tensor& head_logits, const Labels& labels, 
   out[2] = static_cast<T>(shared);
 }
 
-const int64_t* checked_labels(const char* name, const Tensor& labels, int64_t end) {
-  const int64_t* data = static_cast<const int64_t*>(labels.data_ptr());
-  for (int64_t i = 0; i < labels.numel(); ++i) {
-    check_value(data[i] >= 0 && data[i] < end, name, " must be in [0, ", end, "), got ", data[i]);
-  }
-  return data;
-}
-
 std::tuple<Tensor, Tensor, Tensor> objective(Tensor logits, Tensor labels, Tensor head_logits, Tensor bias_labels,
                                              std::optional<Tensor> importance, std::optional<Tensor> aligned,
                                              double alpha, double gamma, double share) {
@@ -151,9 +143,9 @@ std::tuple<Tensor, Tensor, Tensor> objective(Tensor logits, Tensor labels, Tenso
                      logits.size(1),
                      head_logits.size(1),
                      head_logits.size(2),
-                     checked_labels("labels", dense_labels, logits.size(1)),
-                     checked_labels("bias labels", dense_bias_labels, head_logits.size(2)),
-                     aligned ? checked_labels("aligned", partners, head_logits.size(2)) : nullptr};
+                     checked_indices("labels", dense_labels, logits.size(1)),
+                     checked_indices("bias labels", dense_bias_labels, head_logits.size(2)),
+                     aligned ? checked_indices("aligned", partners, head_logits.size(2)) : nullptr};
   const Tensor losses = torch::stable::new_empty(dense_logits, {3});
   const Tensor by_logits = torch::stable::new_empty(dense_logits, logits.sizes());
   const Tensor by_head_logits = torch::stable::new_empty(dense_head_logits, head_logits.sizes());

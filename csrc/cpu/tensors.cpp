@@ -27,4 +27,12 @@ double checked_scalar(const char* name, const Tensor& tensor) {
   return type == ScalarType::Float ? *static_cast<const float*>(data) : *static_cast<const double*>(data);
 }
 
+const int64_t* checked_indices(const char* name, const Tensor& indices, int64_t end) {
+  const int64_t* data = static_cast<const int64_t*>(indices.data_ptr());
+  for (int64_t i = 0; i < indices.numel(); ++i) {
+    check_value(data[i] >= 0 && data[i] < end, name, " must be in [0, ", end, "), got ", data[i]);
+  }
+  return data;
+}
+
 }  // namespace ffw::cpu

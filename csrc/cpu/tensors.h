@@ -17,6 +17,8 @@ void check_on_cpu(std::initializer_list<const Tensor*> tensors);
 float checked_temperature(const Tensor& temperature);
 Draw checked_draw(const Tensor& draw);
 double checked_scalar(const char* name, const Tensor& tensor);  // one float32 or float64
+// Of contiguous int64 numbers that all are in [0, end).
+const int64_t* checked_indices(const char* name, const Tensor& indices, int64_t end);
 
 // Memory ------------------------------------------------------------------------------------------------------------
 
