@@ -1,5 +1,5 @@
-// Mutual information of one head's joint distribution of labels and predictions, and its derivative: what
-// mutual_information.cpp and objective.cpp share.
+// Mutual information of one head's joint distribution of labels and predictions, and its derivative by the joint and by
+// logits: what mutual_information.cpp and objective.cpp share.
 #pragma once
 
 #include <algorithm>
@@ -60,6 +60,14 @@ void joint_slope(const T* joint, int64_t classes, int64_t count, double scale, T
       out[b * classes + p] = free ? static_cast<T>((std::log(ratio) + 1 - row_terms[b] - column_terms[p]) * scale) : 0;
     }
   }
+}
+
+// A softmax p [classes] becomes the derivative by its logits of what has the derivative `slope` by p.
+template <typename T>
+void softmax_backward(const T* slope, int64_t classes, T* p) {
+  T inner = 0;
+  for (int64_t k = 0; k < classes; ++k) inner += p[k] * slope[k];
+  for (int64_t k = 0; k < classes; ++k) p[k] *= slope[k] - inner;
 }
 
 }  // namespace ffw::cpu

@@ -94,10 +94,7 @@ void backward(const Tensor& grad, const Tensor& logits, const int64_t* labels, c
                        out_data + first * row_size);
     for (int64_t i = first * shape.heads; i < last * shape.heads; ++i) {
       const T* slope = slopes.data() + ((i % shape.heads) * classes + labels[i]) * classes;
-      T* p = out_data + i * classes;
-      T inner = 0;
-      for (int64_t k = 0; k < classes; ++k) inner += p[k] * slope[k];
-      for (int64_t k = 0; k < classes; ++k) p[k] *= slope[k] - inner;
+      softmax_backward(slope, classes, out_data + i * classes);
     }
   });
 }

@@ -104,9 +104,7 @@ double information(const T* logits, const Labels& labels, double scale, T* out) 
         continue;
       }
       const T* slope = slopes.data() + head * size + labels.bias[sample * labels.heads + head] * classes;
-      T inner = 0;
-      for (int64_t k = 0; k < classes; ++k) inner += p[k] * slope[k];
-      for (int64_t k = 0; k < classes; ++k) p[k] *= slope[k] - inner;
+      softmax_backward(slope, classes, p);
     }
   }
   return total;
