@@ -98,6 +98,12 @@ inline void check_pair(const Tensor& weight, const Tensor& scores) {
              dtype_text(type), " (or float32 beside 16 bits), got ", dtype_text(scores.scalar_type()));
 }
 
+// Of gate_weight_backward, whose grad may have any floating-point dtype.
+inline void check_gate_grad(const Tensor& grad, const Tensor& weight) {
+  check_value(same_shape(grad, weight), "grad must have the weight's shape ", shape_text(weight), ", got ",
+              shape_text(grad));
+}
+
 inline void check_temperature(const Tensor& temperature) {
   check_value(temperature.numel() == 1 && temperature.scalar_type() == ScalarType::Float,
               "temperature must be one float32, got ", dtype_text(temperature.scalar_type()), " of shape ",
@@ -107,6 +113,12 @@ inline void check_temperature(const Tensor& temperature) {
 inline void check_draw(const Tensor& draw) {
   check_value(draw.dim() == 1 && draw.numel() == 3 && draw.scalar_type() == ScalarType::Long,
               "draw must be 3 int64 numbers, got ", dtype_text(draw.scalar_type()), " of shape ", shape_text(draw));
+}
+
+inline void check_scalar(const char* name, const Tensor& tensor) {
+  const ScalarType type = tensor.scalar_type();
+  check_value(tensor.numel() == 1 && (type == ScalarType::Float || type == ScalarType::Double), name,
+              " must be one float32 or float64, got ", dtype_text(type), " of shape ", shape_text(tensor));
 }
 
 inline Kind checked_kind(int64_t kind) {
@@ -236,6 +248,16 @@ inline void check_information(const Tensor& logits, const Tensor& labels) {
              dtype_text(labels.scalar_type()));
   check_value(logits.numel() > 0, "mutual information needs at least one sample, head and class, got logits ",
               shape_text(logits));
+}
+
+// Of mutual_information_backward: grad [heads] and joint [heads, K, K], too.
+inline void check_information_backward(const Tensor& grad, const Tensor& logits, const Tensor& labels,
+                                       const Tensor& joint) {
+  check_information(logits, labels);
+  const int64_t heads = logits.size(1), classes = logits.size(2);
+  check_value(grad.dim() == 1 && grad.size(0) == heads, "grad must be one number a head, got ", shape_text(grad));
+  check_value(joint.dim() == 3 && joint.size(0) == heads && joint.size(1) == classes && joint.size(2) == classes,
+              "joint must be (heads, K, K), got ", shape_text(joint));
 }
 
 // Of objective, but for the range of labels: logits [n, C], labels [n], head logits [n, heads, K], bias labels

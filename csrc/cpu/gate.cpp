@@ -73,8 +73,7 @@ Tensor gate_weight_backward(Tensor grad, Tensor weight, Tensor scores, Tensor te
                             int64_t kind_number) {
   check_on_cpu({&grad, &weight, &scores, &temperature, &draw});
   check_pair(weight, scores);
-  check_value(same_shape(grad, weight), "grad must have the weight's shape ", shape_text(weight), ", got ",
-              shape_text(grad));
+  check_gate_grad(grad, weight);
   const float t = checked_temperature(temperature);
   const Draw d = checked_draw(draw);
   const Kind kind = checked_kind(kind_number);

@@ -17,10 +17,7 @@ struct Shape {
   int64_t n, heads, classes;
 };
 
-Shape checked_shape(const Tensor& logits, const Tensor& labels) {
-  check_information(logits, labels);
-  return {logits.size(0), logits.size(1), logits.size(2)};
-}
+Shape shape_of(const Tensor& logits) { return {logits.size(0), logits.size(1), logits.size(2)}; }
 
 Tensor working(const Tensor& logits) {
   return made_contiguous(is_half(logits.scalar_type()) ? torch::stable::to(logits, ScalarType::Float) : logits);
@@ -101,7 +98,8 @@ void backward(const Tensor& grad, const Tensor& logits, const int64_t* labels, c
 
 std::tuple<Tensor, Tensor> mutual_information(Tensor logits, Tensor labels) {
   check_on_cpu({&logits, &labels});
-  const Shape shape = checked_shape(logits, labels);
+  check_information(logits, labels);
+  const Shape shape = shape_of(logits);
   const Tensor dense_logits = working(logits), dense_labels = made_contiguous(labels);
   const int64_t* const label_data = checked_indices("labels", dense_labels, shape.classes);
   const Tensor information = torch::stable::new_empty(dense_logits, {shape.heads});
@@ -113,14 +111,10 @@ std::tuple<Tensor, Tensor> mutual_information(Tensor logits, Tensor labels) {
 
 Tensor mutual_information_backward(Tensor grad, Tensor logits, Tensor labels, Tensor joint) {
   check_on_cpu({&grad, &logits, &labels, &joint});
-  const Shape shape = checked_shape(logits, labels);
+  check_information_backward(grad, logits, labels, joint);
+  const Shape shape = shape_of(logits);
   const Tensor dense_logits = working(logits), dense_labels = made_contiguous(labels);
   const int64_t* const label_data = checked_indices("labels", dense_labels, shape.classes);
-  check_value(grad.dim() == 1 && grad.size(0) == shape.heads, "grad must be one number a head, got ",
-              shape_text(grad));
-  check_value(joint.dim() == 3 && joint.size(0) == shape.heads && joint.size(1) == shape.classes &&
-                  joint.size(2) == shape.classes,
-              "joint must be (heads, K, K), got ", shape_text(joint));
   const ScalarType dtype = dense_logits.scalar_type();
   const Tensor dense_grad = made_contiguous(torch::stable::to(grad, dtype));
   const Tensor dense_joint = made_contiguous(torch::stable::to(joint, dtype));

@@ -20,11 +20,10 @@ Draw checked_draw(const Tensor& draw) {
 }
 
 double checked_scalar(const char* name, const Tensor& tensor) {
-  const ScalarType type = tensor.scalar_type();
-  check_value(tensor.numel() == 1 && (type == ScalarType::Float || type == ScalarType::Double), name,
-              " must be one float32 or float64, got ", dtype_text(type), " of shape ", shape_text(tensor));
+  check_scalar(name, tensor);
   const void* data = tensor.data_ptr();
-  return type == ScalarType::Float ? *static_cast<const float*>(data) : *static_cast<const double*>(data);
+  const bool single = tensor.scalar_type() == ScalarType::Float;
+  return single ? *static_cast<const float*>(data) : *static_cast<const double*>(data);
 }
 
 const int64_t* checked_indices(const char* name, const Tensor& indices, int64_t end) {

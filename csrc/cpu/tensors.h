@@ -16,7 +16,7 @@ namespace ffw::cpu {
 void check_on_cpu(std::initializer_list<const Tensor*> tensors);
 float checked_temperature(const Tensor& temperature);
 Draw checked_draw(const Tensor& draw);
-double checked_scalar(const char* name, const Tensor& tensor);  // one float32 or float64
+double checked_scalar(const char* name, const Tensor& tensor);
 // Of contiguous int64 numbers that all are in [0, end).
 const int64_t* checked_indices(const char* name, const Tensor& indices, int64_t end);
 

@@ -50,8 +50,7 @@ Tensor gate_weight_backward(Tensor grad, Tensor weight, Tensor scores, Tensor te
                             int64_t kind_number) {
   const OnDevice device({&grad, &weight, &scores, &temperature, &draw});
   check_gates(weight, scores, temperature, draw);
-  check_value(same_shape(grad, weight), "grad must have the weight's shape ", shape_text(weight), ", got ",
-              shape_text(grad));
+  check_gate_grad(grad, weight);
   const Kind kind = checked_kind(kind_number);
   const Tensor dense_draw = made_contiguous(draw);
   const ScalarType working = working_dtype(weight.scalar_type());

@@ -6,12 +6,6 @@
 namespace ffw::cuda {
 namespace {
 
-void check_scalar(const char* name, const Tensor& tensor) {
-  const ScalarType type = tensor.scalar_type();
-  check_value(tensor.numel() == 1 && (type == ScalarType::Float || type == ScalarType::Double), name,
-              " must be one float32 or float64, got ", dtype_text(type), " of shape ", shape_text(tensor));
-}
-
 template <typename T>
 AdamRates<T> rates_of(double beta1, double beta2, double eps, double weight_decay) {
   return {static_cast<T>(1 - beta1),        static_cast<T>(beta2),           static_cast<T>(1 - beta2),

@@ -8,11 +8,6 @@
 namespace ffw::cuda {
 namespace {
 
-void check_logits(const Tensor& logits, const Tensor& labels) {
-  check_information(logits, labels);
-  check_information_classes(logits.size(2));
-}
-
 template <typename T>
 T inverse_log(int64_t classes) {
   return static_cast<T>(1 / std::log(static_cast<double>(classes)));
@@ -20,9 +15,10 @@ T inverse_log(int64_t classes) {
 
 std::tuple<Tensor, Tensor> mutual_information(Tensor logits, Tensor labels) {
   const OnDevice device({&logits, &labels});
-  check_logits(logits, labels);
-  const Tensor dense_logits = made_contiguous(logits), dense_labels = made_contiguous(labels);
+  check_information(logits, labels);
   const int64_t heads = logits.size(1), classes = logits.size(2);
+  check_information_classes(classes);
+  const Tensor dense_logits = made_contiguous(logits), dense_labels = made_contiguous(labels);
   const ScalarType working = working_dtype(logits.scalar_type());
   const Tensor information = torch::stable::new_empty(dense_logits, {heads}, working);
   const Tensor joint = torch::stable::new_empty(dense_logits, {heads, classes, classes}, working);
@@ -39,11 +35,9 @@ std::tuple<Tensor, Tensor> mutual_information(Tensor logits, Tensor labels) {
 
 Tensor mutual_information_backward(Tensor grad, Tensor logits, Tensor labels, Tensor joint) {
   const OnDevice device({&grad, &logits, &labels, &joint});
-  check_logits(logits, labels);
+  check_information_backward(grad, logits, labels, joint);
   const int64_t heads = logits.size(1), classes = logits.size(2);
-  check_value(grad.dim() == 1 && grad.size(0) == heads, "grad must be one number a head, got ", shape_text(grad));
-  check_value(joint.dim() == 3 && joint.size(0) == heads && joint.size(1) == classes && joint.size(2) == classes,
-              "joint must be (heads, K, K), got ", shape_text(joint));
+  check_information_classes(classes);
   const ScalarType working = working_dtype(logits.scalar_type());
   const Tensor dense_grad = as_dense(grad, working), dense_joint = as_dense(joint, working);
   const Tensor dense_logits = made_contiguous(logits), dense_labels = made_contiguous(labels);
