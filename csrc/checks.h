@@ -1,25 +1,17 @@
-// What the operators of every backend ask of their tensors, with the messages of ffw_fast/ops.py, and in which order
-// tensors keep their elements. PyTorch is used through its stable ABI only; nothing here reads a tensor's memory.
+// What the operators of every backend ask of their tensors, with the messages of ffw_fast/ops.py. PyTorch is used
+// through its stable ABI only; nothing here reads a tensor's memory.
 #pragma once
 
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-
-#include <algorithm>
 #include <initializer_list>
 #include <optional>
 #include <sstream>
 #include <stdexcept>
 #include <string>
-#include <utility>
-#include <vector>
 
 #include "gate.h"
+#include "memory.h"
 
 namespace ffw {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 
 // Checks ------------------------------------------------------------------------------------------------------------
 
@@ -69,7 +61,6 @@ inline std::string dtype_text(ScalarType dtype) {
   }
 }
 
-inline bool is_half(ScalarType dtype) { return dtype == ScalarType::BFloat16 || dtype == ScalarType::Half; }
 inline bool is_floating(ScalarType dtype) {
   return is_half(dtype) || dtype == ScalarType::Float || dtype == ScalarType::Double;
 }
@@ -126,40 +117,6 @@ inline Kind checked_kind(int64_t kind) {
   return static_cast<Kind>(kind);
 }
 
-// Order in memory ---------------------------------------------------------------------------------------------------
-
-// Whether the strides are those of some order of the dimensions, without gaps.
-inline bool is_dense(const Tensor& tensor) {
-  std::vector<std::pair<int64_t, int64_t>> dimensions;  // stride, size
-  for (int64_t i = 0; i < tensor.dim(); ++i) {
-    if (tensor.size(i) != 1) dimensions.emplace_back(tensor.stride(i), tensor.size(i));
-  }
-  std::sort(dimensions.begin(), dimensions.end());
-  int64_t expected = 1;
-  for (const auto& [stride, size] : dimensions) {
-    if (stride != expected) return false;
-    expected *= size;
-  }
-  return true;
-}
-
-// Of tensors of one shape.
-inline bool same_strides(const Tensor& a, const Tensor& b) {
-  for (int64_t i = 0; i < a.dim(); ++i) {
-    if (a.size(i) != 1 && a.stride(i) != b.stride(i)) return false;
-  }
-  return true;
-}
-
-// Whether all tensors (of one shape) keep their elements in one and the same order, without gaps, so that a loop may
-// run over their memory and ignore their dimensions.
-inline bool same_dense_order(std::initializer_list<const Tensor*> tensors) {
-  const Tensor& first = **tensors.begin();
-  if (first.numel() == 0) return true;
-  return is_dense(first) && std::all_of(tensors.begin(), tensors.end(),
-                                        [&](const Tensor* tensor) { return same_strides(first, *tensor); });
-}
-
 struct Named {
   const char* name;
   const Tensor& tensor;
@@ -181,10 +138,6 @@ inline void check_apart(std::initializer_list<Named> changed, std::initializer_l
     for (const Named* b = a + 1; b != changed.end(); ++b) check_apart(*a, *b);
     for (const Named& other : others) check_apart(*a, other);
   }
-}
-
-inline Tensor made_contiguous(const Tensor& tensor) {
-  return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
 }
 
 // Operators ---------------------------------------------------------------------------------------------------------

@@ -4,28 +4,6 @@
 namespace ffw::cpu {
 namespace {
 
-// Random gates number their elements in the tensor's logical order, so memory order must be that one.
-bool may_run_over_memory(Kind kind, std::initializer_list<const Tensor*> tensors) {
-  if (!is_random(kind)) return same_dense_order(tensors);
-  for (const Tensor* tensor : tensors) {
-    if (!tensor->is_contiguous()) return false;
-  }
-  return true;
-}
-
-// Runs on dense tensors of one order: the given ones if they are, else contiguous copies.
-template <typename Run, typename... Inputs>
-Tensor run_dense(Kind kind, Tensor out, const Run& run, const Inputs&... inputs) {
-  if (may_run_over_memory(kind, {&out, &inputs...})) {
-    run(out, inputs...);
-    return out;
-  }
-  Tensor result = out.is_contiguous() ? out : torch::stable::new_empty(out, out.sizes());
-  run(result, made_contiguous(inputs)...);
-  if (result.get() != out.get()) torch::stable::copy_(out, result);
-  return out;
-}
-
 template <typename T>
 void gate_weight_dense(const Tensor& out, const Tensor& weight, const Tensor& scores, float temperature,
                        const Draw& draw, Kind kind) {
@@ -78,10 +56,7 @@ Tensor gate_weight_backward(Tensor grad, Tensor weight, Tensor scores, Tensor te
   const Draw d = checked_draw(draw);
   const Kind kind = checked_kind(kind_number);
   const bool wide = scores.scalar_type() == ScalarType::Double;
-  const ScalarType working = wide ? ScalarType::Double : ScalarType::Float;
-  if (grad.scalar_type() != working && (wide || !is_half(grad.scalar_type()))) {
-    grad = torch::stable::to(grad, working);
-  }
+  if (wide || !is_half(grad.scalar_type())) grad = as_dtype(grad, working_dtype(scores.scalar_type()));
   const auto dense = wide ? gate_weight_backward_dense<double> : gate_weight_backward_dense<float>;
   const auto run = [&](const Tensor& out, const Tensor& g, const Tensor& w, const Tensor& m) {
     dense(out, g, w, m, t, d, kind);

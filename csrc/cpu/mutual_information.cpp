@@ -19,10 +19,6 @@ struct Shape {
 
 Shape shape_of(const Tensor& logits) { return {logits.size(0), logits.size(1), logits.size(2)}; }
 
-Tensor working(const Tensor& logits) {
-  return made_contiguous(is_half(logits.scalar_type()) ? torch::stable::to(logits, ScalarType::Float) : logits);
-}
-
 // Adds the predictions of the rows begin .. end to their labels' rows of every head's joint [heads, classes, classes].
 template <typename T>
 void add_to_joint(const T* logits, const int64_t* labels, const Shape& shape, int64_t begin, int64_t end,
@@ -100,11 +96,12 @@ std::tuple<Tensor, Tensor> mutual_information(Tensor logits, Tensor labels) {
   check_on_cpu({&logits, &labels});
   check_information(logits, labels);
   const Shape shape = shape_of(logits);
-  const Tensor dense_logits = working(logits), dense_labels = made_contiguous(labels);
+  const ScalarType dtype = working_dtype(logits.scalar_type());
+  const Tensor dense_logits = as_dense(logits, dtype), dense_labels = made_contiguous(labels);
   const int64_t* const label_data = checked_indices("labels", dense_labels, shape.classes);
   const Tensor information = torch::stable::new_empty(dense_logits, {shape.heads});
   const Tensor joint = torch::stable::new_empty(dense_logits, {shape.heads, shape.classes, shape.classes});
-  const auto run = dense_logits.scalar_type() == ScalarType::Double ? forward<double> : forward<float>;
+  const auto run = dtype == ScalarType::Double ? forward<double> : forward<float>;
   run(dense_logits, label_data, shape, information, joint);
   return {information, joint};
 }
@@ -113,11 +110,10 @@ Tensor mutual_information_backward(Tensor grad, Tensor logits, Tensor labels, Te
   check_on_cpu({&grad, &logits, &labels, &joint});
   check_information_backward(grad, logits, labels, joint);
   const Shape shape = shape_of(logits);
-  const Tensor dense_logits = working(logits), dense_labels = made_contiguous(labels);
+  const ScalarType dtype = working_dtype(logits.scalar_type());
+  const Tensor dense_logits = as_dense(logits, dtype), dense_labels = made_contiguous(labels);
   const int64_t* const label_data = checked_indices("labels", dense_labels, shape.classes);
-  const ScalarType dtype = dense_logits.scalar_type();
-  const Tensor dense_grad = made_contiguous(torch::stable::to(grad, dtype));
-  const Tensor dense_joint = made_contiguous(torch::stable::to(joint, dtype));
+  const Tensor dense_grad = as_dense(grad, dtype), dense_joint = as_dense(joint, dtype);
   Tensor out = torch::stable::empty_like(logits);
   const bool direct = out.is_contiguous() && logits.scalar_type() == dtype;
   const Tensor result = direct ? out : torch::stable::new_empty(dense_logits, logits.sizes());

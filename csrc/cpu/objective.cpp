@@ -131,11 +131,10 @@ std::tuple<Tensor, Tensor, Tensor> objective(Tensor logits, Tensor labels, Tenso
     if (table) check_on_cpu({&*table});
   }
   check_objective(logits, labels, head_logits, bias_labels, importance, aligned);
-  const ScalarType given = logits.scalar_type(), dtype = is_half(given) ? ScalarType::Float : given;
-  const auto prepared = [&](const Tensor& tensor) { return made_contiguous(torch::stable::to(tensor, dtype)); };
-  const Tensor dense_logits = prepared(logits), dense_head_logits = prepared(head_logits);
+  const ScalarType given = logits.scalar_type(), dtype = working_dtype(given);
+  const Tensor dense_logits = as_dense(logits, dtype), dense_head_logits = as_dense(head_logits, dtype);
   const Tensor dense_labels = made_contiguous(labels), dense_bias_labels = made_contiguous(bias_labels);
-  const Tensor weights = importance ? prepared(*importance) : dense_logits;
+  const Tensor weights = importance ? as_dense(*importance, dtype) : dense_logits;
   const Tensor partners = aligned ? made_contiguous(*aligned) : dense_labels;
   const Labels of = {logits.size(0),
                      logits.size(1),

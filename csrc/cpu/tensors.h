@@ -7,6 +7,7 @@
 #include <initializer_list>
 
 #include "../checks.h"
+#include "../memory.h"
 #include "loops.h"
 
 namespace ffw::cpu {
@@ -70,19 +71,6 @@ class Array {
 
   char* data_;
   ScalarType dtype_;
-};
-
-// An argument that is changed in place: itself if contiguous, else a copy that save() puts back.
-class InPlace {
- public:
-  explicit InPlace(const Tensor& tensor) : tensor_(tensor), dense_(made_contiguous(tensor)) {}
-  const Tensor& dense() const { return dense_; }
-  void save() {
-    if (dense_.get() != tensor_.get()) torch::stable::copy_(tensor_, dense_);
-  }
-
- private:
-  Tensor tensor_, dense_;
 };
 
 // Threads -----------------------------------------------------------------------------------------------------------

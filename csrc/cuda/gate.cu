@@ -6,44 +6,23 @@
 namespace ffw::cuda {
 namespace {
 
-// Runs on dense tensors of one order and of the dtypes that kernels know: the given ones if they are, else contiguous
-// copies. 16-bit scores are widened first, which is a pass more, but exact.
-template <typename Run>
-Tensor run_dense(Kind kind, Tensor out, std::vector<Tensor> inputs, const std::vector<ScalarType>& dtypes,
-                 ScalarType out_dtype, const Run& run) {
-  bool direct = out.scalar_type() == out_dtype;
-  for (size_t i = 0; i < inputs.size(); ++i) {
-    direct = direct && inputs[i].scalar_type() == dtypes[i] && may_run_over_memory(kind, {&out, &inputs[i]});
-  }
-  if (direct) {
-    run(out, inputs);
-    return out;
-  }
-  for (size_t i = 0; i < inputs.size(); ++i) inputs[i] = as_dense(inputs[i], dtypes[i]);
-  const bool in_place = out.is_contiguous() && out.scalar_type() == out_dtype;
-  const Tensor result = in_place ? out : torch::stable::new_empty(out, out.sizes(), out_dtype);
-  run(result, inputs);
-  if (!in_place) torch::stable::copy_(out, result);
-  return out;
-}
-
 Tensor gate_weight(Tensor weight, Tensor scores, Tensor temperature, Tensor draw, int64_t kind_number) {
   const OnDevice device({&weight, &scores, &temperature, &draw});
   check_gates(weight, scores, temperature, draw);
   const Kind kind = checked_kind(kind_number);
   const Tensor dense_draw = made_contiguous(draw);
   const ScalarType dtype = weight.scalar_type();
-  const auto run = [&](const Tensor& out, const std::vector<Tensor>& in) {
+  const auto run = [&](const Tensor& out, const Tensor& dense_weight, const Tensor& dense_scores) {
     for_dtype(dtype, [&](auto w, auto s) {
       using Weight = decltype(w);
       using Score = decltype(s);
-      launch_gate_weight<Weight, Score>({data<Weight>(out), data<Weight>(in[0]), data<Score>(in[1]),
+      launch_gate_weight<Weight, Score>({data<Weight>(out), data<Weight>(dense_weight), data<Score>(dense_scores),
                                          data<float>(temperature), data<int64_t>(dense_draw), out.numel(), false},
                                         kind, device.stream);
     });
   };
-  return run_dense(kind, torch::stable::empty_like(weight), {weight, scores}, {dtype, working_dtype(dtype)}, dtype,
-                   run);
+  // 16-bit scores are widened, which is a pass more, but exact.
+  return run_dense(kind, torch::stable::empty_like(weight), run, weight, as_dtype(scores, working_dtype(dtype)));
 }
 
 Tensor gate_weight_backward(Tensor grad, Tensor weight, Tensor scores, Tensor temperature, Tensor draw,
@@ -51,23 +30,30 @@ Tensor gate_weight_backward(Tensor grad, Tensor weight, Tensor scores, Tensor te
   const OnDevice device({&grad, &weight, &scores, &temperature, &draw});
   check_gates(weight, scores, temperature, draw);
   check_gate_grad(grad, weight);
+  const ScalarType working = working_dtype(weight.scalar_type());
+  if (scores.scalar_type() != working) {  // as in gate_weight, and their gradient is rounded back
+    Tensor out = torch::stable::empty_like(scores);
+    torch::stable::copy_(out, gate_weight_backward(grad, weight, as_dtype(scores, working), temperature, draw,
+                                                   kind_number));
+    return out;
+  }
   const Kind kind = checked_kind(kind_number);
   const Tensor dense_draw = made_contiguous(draw);
-  const ScalarType working = working_dtype(weight.scalar_type());
   // The kernels know grads of the weight's dtype; others are rounded no further than to the working precision.
   const ScalarType dtype = grad.scalar_type() == weight.scalar_type() ? weight.scalar_type() : working;
-  const auto run = [&](const Tensor& out, const std::vector<Tensor>& in) {
+  const auto run = [&](const Tensor& out, const Tensor& dense_grad, const Tensor& dense_weight,
+                       const Tensor& dense_scores) {
     for_dtype(dtype, [&](auto w, auto s) {
       using Weight = decltype(w);
       using Score = decltype(s);
       launch_gate_weight_backward<Weight, Score>(
-          {data<Score>(out), data<Weight>(in[0]), data<Weight>(in[1]), data<Score>(in[2]), data<float>(temperature),
-           data<int64_t>(dense_draw), out.numel(), false},
+          {data<Score>(out), data<Weight>(dense_grad), data<Weight>(dense_weight), data<Score>(dense_scores),
+           data<float>(temperature), data<int64_t>(dense_draw), out.numel(), false},
           kind, device.stream);
     });
   };
-  return run_dense(kind, torch::stable::empty_like(scores), {grad, weight, scores}, {dtype, dtype, working}, working,
-                   run);
+  return run_dense(kind, torch::stable::empty_like(scores), run, as_dtype(grad, dtype), as_dtype(weight, dtype),
+                   scores);
 }
 
 }  // namespace

@@ -28,7 +28,7 @@ void gated_adam_step_(Tensor gated, Tensor scores, Tensor exp_avg, Tensor exp_av
 
   // Flat buffers are contiguous and taken as they are. 16-bit scores are widened and rounded back, a pass more.
   const ScalarType dtype = weight.scalar_type(), working = working_dtype(dtype);
-  InPlace new_gated(gated, dtype), new_scores(scores, working), new_exp_avg(exp_avg, working),
+  InPlace new_gated(gated), new_scores(scores, working), new_exp_avg(exp_avg, working),
       new_exp_avg_sq(exp_avg_sq, working);
   const Tensor dense_weight = made_contiguous(weight), dense_grad = made_contiguous(grad);
   const Tensor dense_draw = made_contiguous(draw), dense_next_draw = made_contiguous(next_draw);

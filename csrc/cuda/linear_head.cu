@@ -25,8 +25,8 @@ Tensor fit_linear_head_(Tensor weight, Tensor bias, Tensor weight_momentum, Tens
   check_value(features.size(0) > 0 && epoch_size > 0, "a head needs at least one sample, got features ",
               shape_text(features), " and order ", shape_text(order));
 
-  InPlace new_weight(weight, dtype), new_bias(bias, dtype), new_weight_momentum(weight_momentum, dtype),
-      new_bias_momentum(bias_momentum, dtype), new_plateau(plateau, ScalarType::Double);
+  InPlace new_weight(weight), new_bias(bias), new_weight_momentum(weight_momentum), new_bias_momentum(bias_momentum),
+      new_plateau(plateau);
   const Tensor dense_features = made_contiguous(features), dense_labels = made_contiguous(labels),
                dense_order = made_contiguous(order);
   const bool together = heads > 1;

@@ -1,6 +1,6 @@
-// What all CUDA operators do with tensors before they launch: checks, memory order, the device and its current
-// stream. PyTorch is used through its stable ABI only. Nothing here reads device memory or waits for the device, so every
-// operator can be captured in a CUDA graph.
+// What all CUDA operators do with tensors before they launch: checks, the device and its current stream. PyTorch
+// is used through its stable ABI only. Nothing here reads device memory or waits for the device, so every operator can
+// be captured in a CUDA graph.
 #pragma once
 
 #include <torch/csrc/stable/accelerator.h>
@@ -9,6 +9,7 @@
 #include <initializer_list>
 
 #include "../checks.h"
+#include "../memory.h"
 #include "device.cuh"
 
 #if !defined(FFW_OPERATORS)  // an emulation registers its operators elsewhere
@@ -18,8 +19,6 @@
 namespace ffw::cuda {
 
 // Checks ------------------------------------------------------------------------------------------------------------
-
-inline ScalarType working_dtype(ScalarType dtype) { return is_half(dtype) ? ScalarType::Float : dtype; }
 
 inline void check_gates(const Tensor& weight, const Tensor& scores, const Tensor& temperature, const Tensor& draw) {
   check_pair(weight, scores);
@@ -68,33 +67,9 @@ class OnDevice {
 
 // Memory ------------------------------------------------------------------------------------------------------------
 
-inline Tensor as_dense(const Tensor& tensor, ScalarType dtype) {
-  return made_contiguous(tensor.scalar_type() == dtype ? tensor : torch::stable::to(tensor, dtype));
-}
-
 template <typename T>
 T* data(const Tensor& tensor) {
   return static_cast<T*>(tensor.data_ptr());
-}
-
-// An argument that is changed in place: itself if contiguous and of that dtype, else a copy that save() puts back.
-class InPlace {
- public:
-  InPlace(const Tensor& tensor, ScalarType dtype) : tensor_(tensor), dense_(as_dense(tensor, dtype)) {}
-  const Tensor& dense() const { return dense_; }
-  void save() {
-    if (dense_.get() != tensor_.get()) torch::stable::copy_(tensor_, dense_);
-  }
-
- private:
-  Tensor tensor_, dense_;
-};
-
-// Whether a kernel may run over the memory of all tensors (of one shape) and ignore their dimensions. Random gates
-// number their elements in the tensors' logical order.
-inline bool may_run_over_memory(Kind kind, std::initializer_list<const Tensor*> tensors) {
-  const Tensor& first = **tensors.begin();
-  return same_dense_order(tensors) && (!is_random(kind) || first.numel() == 0 || first.is_contiguous());
 }
 
 // Calls run(Weight(), Score()) with the stored types of weights beside working scores.
