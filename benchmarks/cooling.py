@@ -41,12 +41,12 @@ def biased_network(seed: int, epochs: int | None = None, **data_options: Any) ->
 def follow(model: nn.Module, splits: Splits, settings: Settings) -> dict[str, Any]:
     """One extraction, epoch by epoch."""
     loop = Loop(prepare(model, splits.train, splits.val, settings))
-    loop._start()
+    loop.start()
     epochs: list[dict[str, float]] = []
     histograms: dict[str, list[int]] = {}
-    while len(epochs) < settings.max_epochs and not loop._has_ended():
+    while len(epochs) < settings.max_epochs and not loop.has_ended():
         before = loop.gates.temperature.clone()
-        loop._epoch()
+        loop.epoch()
         if settings.schedule == "published" and not histograms and loop.gates.temperature < before:
             histograms = {"before": _histogram(loop, before), "after": _histogram(loop, loop.gates.temperature)}
         epochs.append({"epoch": len(epochs) + 1, **_state(loop)})

@@ -398,11 +398,11 @@ def measure(job: jobs.Job, precision: str, dry: bool) -> tuple[Parts, str]:
     loop = new_loop(job, precision, samples, val)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        loop._train_gates()  # warms up, and captures the graph
+        loop.train_gates()  # warms up, and captures the graph
     graph = "yes" if loop.step_graph.is_captured else "; ".join(str(one.message) for one in caught) or "no"
     steps = -(-job.train // job.batch_size)
-    step = machine.seconds(loop._train_gates, 2, warmup=0) / steps  # it reads the losses back at its end
-    feature = seconds(lambda: loop._features(samples.x), dry, 3) / len(samples.y)
+    step = machine.seconds(loop.train_gates, 2, warmup=0) / steps  # it reads the losses back at its end
+    feature = seconds(lambda: loop.features(samples.x), dry, 3) / len(samples.y)
     features = torch.randn(len(samples.y), loop.heads.weight.shape[2], device=device)
     started_at, start = loop.heads.epochs, time.perf_counter()
     loop.heads.fit(features, samples.b)

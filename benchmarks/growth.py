@@ -108,17 +108,17 @@ def run_point(point: Point) -> Cost:
 
 def _run(loop: Loop) -> tuple[float, int]:
     """Seconds of an epoch, and the peak of resident memory before the first judgement."""
-    loop._start()
+    loop.start()
     seconds = min(_epoch(loop) for _ in range(2))
     training = peak_resident()
-    loop._judge()
+    loop.judge()
     _epoch(loop)
     return seconds, training
 
 
 def _epoch(loop: Loop) -> float:
     started = time.perf_counter()
-    loop._train_gates()
+    loop.train_gates()
     loop.network.features(loop.train.x)
     return time.perf_counter() - started
 

@@ -119,20 +119,20 @@ def measure(options: argparse.Namespace, group: Alone, meter: Meter) -> dict[str
         if options.late:
             gradient_sum._filled = lambda index: None  # type: ignore[method-assign]
     loop.heads.epochs_a_fit = HEAD_EPOCHS
-    loop._counted_step(*next(loop._batches()))  # libraries choose kernels and take memory in it
+    loop.counted_step(*next(loop.batches()))  # libraries choose kernels and take memory in it
     steps: list[dict[str, float]] = []
     carried: list[int] = []
-    for batch in loop._batches():
+    for batch in loop.batches():
         meter.clear()
         before, started = _carried(), time.perf_counter()
-        loop._counted_step(*batch)
+        loop.counted_step(*batch)
         whole = time.perf_counter() - started
         steps.append({STEP: whole, NETWORK: whole - sum(meter.seconds.values()), **meter.seconds})
         carried.append(_carried() - before)
     sent = dict(meter.sent)
     seconds = {name: median(step[name] for step in steps) for name in steps[0]}
-    seconds[PASS] = median(times(lambda: loop._features(loop.train.x), options.repeats))
-    seconds[REFIT] = median(times(lambda: loop._refit(loop.heads), options.repeats))
+    seconds[PASS] = median(times(lambda: loop.features(loop.train.x), options.repeats))
+    seconds[REFIT] = median(times(lambda: loop.refit(loop.heads), options.repeats))
     job, count = _job(options), len(loop.train.y)
     once = (job.train * seconds[REFIT] + job.val * seconds[PASS]) / count
     seconds[EPOCH] = job.train / options.batch * seconds[STEP] + once

@@ -34,11 +34,11 @@ def profile_step(job: Job, precision: str, device: torch.device, steps: int = 20
     """A step of the job in seconds, and its kernels with name, calls and seconds a step, the slowest first."""
     samples = random_samples(job, steps * job.batch_size).to(device)
     loop = new_loop(job, precision, samples, samples)
-    loop._train_gates()  # warms up, and captures the graph
-    step = seconds(loop._train_gates, 3, warmup=0) / steps  # it reads the losses back at its end
+    loop.train_gates()  # warms up, and captures the graph
+    step = seconds(loop.train_gates, 3, warmup=0) / steps  # it reads the losses back at its end
     on_device = device.type == "cuda"
     with profile(activities=[ProfilerActivity.CUDA if on_device else ProfilerActivity.CPU]) as profiler:
-        loop._train_gates()
+        loop.train_gates()
     kernels = []
     for event in profiler.key_averages():
         microseconds = event.self_device_time_total if on_device else event.self_cpu_time_total

@@ -82,12 +82,12 @@ def measure_fast(job: Job, steps: int, precision: str) -> Parts:
     """Times of ``ffw_fast``'s own loop, on a training set of ``steps`` minibatches."""
     samples = random_samples(job, steps * job.batch_size)
     loop = new_loop(job, precision, samples, samples)
-    minibatches = chain.from_iterable(loop._batches() for _ in count())
+    minibatches = chain.from_iterable(loop.batches() for _ in count())
 
     def gate_step() -> None:
         loop.step_graph(*next(minibatches))
 
-    feature = seconds(lambda: loop._features(samples.x), 7) / len(samples.y)
+    feature = seconds(lambda: loop.features(samples.x), 7) / len(samples.y)
     features = torch.randn(job.train, loop.heads.weight.shape[2])
     labels = torch.randint(job.classes, (job.train, job.biases))
     started_at, start = loop.heads.epochs, time.perf_counter()

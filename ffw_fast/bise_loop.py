@@ -34,15 +34,15 @@ class BiseLoop(Loop):
     def _objective(self, logits: Tensor, y: Tensor, head_logits: Tensor, b: Tensor) -> Objective:
         return self.objective(logits, y, head_logits, b)
 
-    def _epoch(self) -> None:
+    def epoch(self) -> None:
         started = time.perf_counter()
         temperature = self.gates.temperature.item()
-        row = {"epoch": len(self.history) + 1, "temperature": temperature, **self._train_gates()}
+        row = {"epoch": len(self.history) + 1, "temperature": temperature, **self.train_gates()}
         lower, falls = self.schedule.after_epoch(temperature, 0.0)
         if falls:
             self.gates.set_temperature(lower)
             with self.gates.pruned():
-                row["head_epochs"] = self._refit(self.heads)
+                row["head_epochs"] = self.refit(self.heads)
         if self.selects:
             row |= self._select()
         elapsed = time.perf_counter() - started

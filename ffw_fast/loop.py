@@ -71,7 +71,7 @@ class Loop:
         self.history: list[dict[str, Any]] = []
         self.seconds = 0.0
         self.totals = torch.zeros(3, dtype=torch.float64, device=train.y.device)  # of (J, CE, MI) over an epoch
-        step = WeakMethod(self._counted_step)  # so that all memory is free at once when the loop is
+        step = WeakMethod(self.counted_step)  # so that all memory is free at once when the loop is
         self.step_graph = StepGraph(lambda *told: step()(*told), settings.batch_size, train.y.device)  # type: ignore[misc]
 
     def _make_optimizer(self) -> GatedOptimizer:
@@ -91,12 +91,12 @@ class Loop:
                 self.gates.spread()
                 progress.note(self._resumed_note())
             else:
-                self._start()
+                self.start()
                 self._warn(doubts)
                 state.keep(self)
-            while len(self.history) < self.settings.max_epochs and not self._has_ended():
+            while len(self.history) < self.settings.max_epochs and not self.has_ended():
                 try:
-                    self._epoch()
+                    self.epoch()
                 except FloatingPointError as error:
                     raise FloatingPointError(f"{error}; {self._where_it_began(state)}") from error
                 state.save(self)
@@ -108,7 +108,7 @@ class Loop:
         assert state.last is not None
         state.last.load_into(self)
         self.gates.spread()
-        steps = (self._step(*self._minibatch(*batch)) for batch in self._batches())
+        steps = (self._step(*self._minibatch(*batch)) for batch in self.batches())
         return first_bad_step(steps, self.network.module, self.gates, self.heads, self.group)
 
     def _warn(self, doubts: Iterable[str]) -> None:
@@ -123,16 +123,17 @@ class Loop:
             train, val = self.network.take_out_frozen_part(self.train.x, self.val.x)
         self.train, self.val = self.train._replace(x=train), self.val._replace(x=val)
 
-    def _has_ended(self) -> bool:
+    def has_ended(self) -> bool:
+        """Whether the schedule has, however many epochs may still be run."""
         return self.schedule.has_ended(self.gates.temperature.item())
 
-    def _start(self) -> None:
+    def start(self) -> None:
         """Fit the heads on the biased network; the pruned networks' heads start from these."""
         started = time.perf_counter()
         if self.schedule.anneals:
             self.gates.total_(self.gates.movement)
         with self.gates.pruned():  # of nothing, as all scores are 0; a random gate would be closed here and there
-            self._refit(self.heads)
+            self.refit(self.heads)
             vanilla = self._measure(self.heads, sparsity=0.0)
         self.vanilla_heads = self.heads.with_fresh_optimizer()
         self.metrics["vanilla"] = {**vanilla.as_dict(), "weight_sparsity": 0.0}
@@ -140,11 +141,12 @@ class Loop:
         self._warn(cautions.of_vanilla(vanilla, self.val.y, self.val.b))
         self.seconds += time.perf_counter() - started
 
-    def _epoch(self) -> None:
+    def epoch(self) -> None:
+        """One epoch of gates and heads, and what the schedule does at its end; adds a row to the history."""
         started = time.perf_counter()
         temperature = self.gates.temperature.item()
-        row = {"epoch": len(self.history) + 1, "temperature": temperature, **self._train_gates()}
-        row["head_epochs"] = self._refit(self.heads)
+        row = {"epoch": len(self.history) + 1, "temperature": temperature, **self.train_gates()}
+        row["head_epochs"] = self.refit(self.heads)
         row |= self._validate()
         row["half_open"] = self.gates.half_open()
         row |= self._end_epoch(row["val_mi"])
@@ -152,17 +154,17 @@ class Loop:
         self.seconds += elapsed
         self.history.append({**row, "seconds": elapsed})
 
-    def _train_gates(self) -> dict[str, float]:
+    def train_gates(self) -> dict[str, float]:
         """One pass over the training set: a step of the scores and of the heads for each minibatch."""
         self.totals.zero_()
-        for batch in self._batches():
+        for batch in self.batches():
             self.step_graph(*batch)
         loss, cross_entropy, information = (self.totals / len(self.train.y)).tolist()  # the one read of an epoch
         if not self.gates.are_finite() or not torch.isfinite(self.totals).all():
             raise FloatingPointError(f"a loss or a score is no longer finite in epoch {len(self.history) + 1}")
         return {"loss": loss, "cross_entropy": cross_entropy, "train_mi": information}
 
-    def _batches(self) -> Iterator[tuple[Tensor, ...]]:
+    def batches(self) -> Iterator[tuple[Tensor, ...]]:
         """What the steps of the next epoch are told: the rows of a minibatch, or its (x, y, b), x of this process.
 
         Rows are enough where a step can read them itself, which on a GPU is part of the graph.
@@ -176,7 +178,7 @@ class Loop:
         """(x, y, b) of a minibatch."""
         return self.train.at(*told) if len(told) == 1 else told
 
-    def _counted_step(self, *told: Tensor) -> None:
+    def counted_step(self, *told: Tensor) -> None:
         """One minibatch; adds its losses to the totals. Nothing is read back."""
         x, y, b = self._minibatch(*told)
         self.totals.add_(self._step(x, y, b), alpha=len(y))
@@ -199,13 +201,14 @@ class Loop:
         """J of one minibatch."""
         return self.group.objective(logits, y, head_logits, b, self.settings.alpha, self.settings.gamma)
 
-    def _refit(self, heads: PrivateHeads) -> int:
+    def refit(self, heads: PrivateHeads) -> int:
         """Fit heads to a plateau on the features of the network as it is now. Epochs it took."""
-        epochs = heads.fit_on(self.train, self._features, self.settings.cache_augmented)
+        epochs = heads.fit_on(self.train, self.features, self.settings.cache_augmented)
         self.group.copy_(*(getattr(heads, name) for name in HEAD_STATE))
         return epochs
 
-    def _features(self, x: Inputs) -> Tensor:
+    def features(self, x: Inputs) -> Tensor:
+        """float32 features (n, D) of all samples, of which each process runs its part."""
         with self.autocast:
             features = self.network.features(self.group.part(x))
         return self.group.rows(features.float(), len(x))
@@ -236,18 +239,18 @@ class Loop:
             self.gates.set_temperature(after)
         if not due:
             return {}
-        judged = self._judge()
-        if after != before and not self._has_ended():
-            self._refit(self.heads)
+        judged = self.judge()
+        if after != before and not self.has_ended():
+            self.refit(self.heads)
         return {"pruned_task_accuracy": judged.task_accuracy, "pruned_bias_accuracy": judged.bias_accuracy}
 
-    def _judge(self) -> Measurement:
+    def judge(self) -> Measurement:
         """Measure the pruned network with heads of its own, and keep its scores if its bias accuracy is the lowest."""
         temperature = self.gates.temperature.item()
         shift = judging_shift(self.settings.kind, temperature, self.schedule.anneals)
         heads = self.vanilla_heads.with_fresh_optimizer()
         with self.gates.pruned(shift):
-            self._refit(heads)
+            self.refit(heads)
             judged = self._measure(heads, self.gates.sparsity(shift))
         removed = judged.sparsity
         if self.settings.granularity == "channel":
@@ -264,7 +267,7 @@ class Loop:
         """Judge the last scores, unless the last epoch has done so."""
         started = time.perf_counter()
         if "pruned_task_accuracy" not in self.history[-1]:
-            self._judge()
+            self.judge()
         self._warn(cautions.of_gates(self.gates, self.optimizer.state[self.gates.gated]["exp_avg_sq"]))
         self._warn(cautions.of_schedule(self.schedule, self.gates, len(self.history)))
         self.seconds += time.perf_counter() - started

@@ -23,7 +23,7 @@ def run(model=None, **changes):
 
 def poisoned(monkeypatch, epoch: int, step: int, poison) -> None:
     """Call ``poison(loop)`` before that step of that epoch (both from 1), whenever it is run."""
-    whole = Loop._batches
+    whole = Loop.batches
 
     def batches(loop):
         for number, batch in enumerate(whole(loop), 1):
@@ -31,7 +31,7 @@ def poisoned(monkeypatch, epoch: int, step: int, poison) -> None:
                 poison(loop)
             yield batch
 
-    monkeypatch.setattr(Loop, "_batches", batches)
+    monkeypatch.setattr(Loop, "batches", batches)
 
 
 def nan_in_the_scores_of(layer: str):

@@ -52,7 +52,7 @@ def test_a_step_reads_nothing_back(on_meta, gate, schedule):
     loop = on_meta(gate=gate, schedule=schedule)
     with NoHost():
         for _ in range(2):
-            loop._counted_step(*loop.train)
+            loop.counted_step(*loop.train)
 
 
 @pytest.mark.parametrize("read", [lambda t: t.item(), lambda t: bool(t > 0), lambda t: torch.tensor([1, 2])])
@@ -63,9 +63,9 @@ def test_what_reads_back_is_seen(read):
 
 def test_a_step_changes_its_state_in_place():
     loop = loop_on("cpu", gate="bernoulli")
-    loop._counted_step(*loop.train)
+    loop.counted_step(*loop.train)
     before = {name: (tensor.data_ptr(), tensor.clone()) for name, tensor in loop.state()[0].items()}
-    loop._counted_step(*loop.train)
+    loop.counted_step(*loop.train)
     after = loop.state()[0]
     assert {name: tensor.data_ptr() for name, tensor in after.items()} == {name: at for name, (at, _) in before.items()}
     changed = {name for name, (_, old) in before.items() if not torch.equal(old, after[name])}
