@@ -9,24 +9,18 @@ import argparse
 import os
 import re
 import shutil
-import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass
 from importlib import util
 from pathlib import Path
 
-CSRC = Path(__file__).parents[1] / "csrc" / "cuda"
-ARCHITECTURES = ("80", "90")
-STRICT = "-warn-spills,-warn-lmem-usage,-warn-double-usage,-Werror"
+from ffw_fast.benchmarks import sass
+from ffw_fast.benchmarks.sass import LIMITS, Sass
 
-# One multiprocessor of an A100.
-REGISTERS = 65536
-REGISTER_UNIT = 256  # registers are given to warps in such units
-SHARED_MEMORY = 164 * 1024
-RESERVED_SHARED_MEMORY = 1024  # of every block
-THREADS = 2048
-BLOCKS = 32
+CSRC = Path(__file__).parents[1] / "csrc" / "cuda"
+STRICT = "-warn-spills,-warn-lmem-usage,-warn-double-usage,-Werror"
+A100 = LIMITS[80]
 
 _INSTANCES = """
 #include "gate.cuh"
@@ -68,9 +62,14 @@ class Budget:
     loads: int = 0
     stores: int = 0
 
+    @property
+    def warps(self) -> int:
+        return self.threads // sass.WARP
 
-def objective_shared_memory(samples: int = 100, targets: int = 10, heads: int = 2, classes: int = 10) -> int:
-    """Bytes the block of ``objective`` takes; the default is Multi-Color MNIST's minibatch."""
+
+def _objective_shared_memory() -> int:
+    """Bytes the block of ``objective`` takes for Multi-Color MNIST's minibatch."""
+    samples, targets, heads, classes = 100, 10, 2, 10
     a_head, a_task = classes | 1, targets | 1  # rows begin in different banks
     numbers = heads * classes * (a_head + 4) + 2 * 32 + samples * (heads * a_head + a_task)
     return 4 * (numbers + (samples + 1) * heads)
@@ -99,9 +98,9 @@ BUDGETS = {
     "mutual_information_backward half": Budget(256, 4, 4 * 4 * 10),
     "mutual_information_backward bfloat16": Budget(256, 4, 4 * 4 * 10),
     # One block altogether.
-    "objective float": Budget(1024, 1, objective_shared_memory()),
-    "objective half": Budget(1024, 1, objective_shared_memory()),
-    "objective bfloat16": Budget(1024, 1, objective_shared_memory()),
+    "objective float": Budget(1024, 1, _objective_shared_memory()),
+    "objective half": Budget(1024, 1, _objective_shared_memory()),
+    "objective bfloat16": Budget(1024, 1, _objective_shared_memory()),
 }
 
 
@@ -111,37 +110,33 @@ class Kernel:
 
     name: str  # with its types, as in BUDGETS
     variant: str  # the gate's kind, where joints are kept, or nothing
-    architecture: str
-    registers: int
-    local_bytes: int
-    loads: int
-    stores: int
-    local_accesses: int
-    fp64: int
-    subroutines: int
-    load_bits: int  # the widest access to global memory
+    architecture: int
+    code: Sass
+
+    @property
+    def loads(self) -> int:
+        """Of 16 bytes, from global memory."""
+        return self.code.count(r"LDG(STS)?\.E(\.\w+)*?\.128\b")
+
+    @property
+    def stores(self) -> int:
+        """Of 16 bytes, to global memory."""
+        return self.code.count(r"STG\.E(\.\w+)*?\.128\b")
 
     @property
     def blocks(self) -> int:
         """Blocks that a multiprocessor of an A100 holds at a time."""
         budget = BUDGETS[self.name]
-        warps = budget.threads // 32
-        a_warp = -(-self.registers * 32 // REGISTER_UNIT) * REGISTER_UNIT
-        return min(
-            REGISTERS // a_warp // warps,
-            SHARED_MEMORY // (budget.shared + RESERVED_SHARED_MEMORY),
-            THREADS // budget.threads,
-            BLOCKS,
-        )
+        return sass.resident_blocks(A100, self.code.registers, budget.shared, budget.warps)
 
     def problems(self) -> list[str]:
         """The budgets that are not kept."""
-        budget = BUDGETS[self.name]
+        budget, code = BUDGETS[self.name], self.code
         found = {
-            f"{self.local_bytes} bytes of stack": self.local_bytes > 0,
-            f"{self.local_accesses} accesses to local memory": self.local_accesses > 0,
-            f"{self.fp64} FP64 instructions": self.fp64 > 0,
-            f"{self.subroutines} subroutines": self.subroutines > 0,
+            f"{code.stack} bytes of stack": code.stack > 0,
+            f"{code.spills} accesses to local memory": code.spills > 0,
+            f"{code.doubles} FP64 instructions": code.doubles > 0,
+            f"{code.subroutines} subroutines": code.subroutines > 0,
             f"{self.loads} 16-byte loads, not {budget.loads}": self.loads < budget.loads,
             f"{self.stores} 16-byte stores, not {budget.stores}": self.stores < budget.stores,
             f"{self.blocks} blocks a multiprocessor, not {budget.blocks}": self.blocks < budget.blocks,
@@ -164,19 +159,12 @@ def find_cuobjdump() -> str | None:
     return shutil.which("cuobjdump") or shutil.which("cuobjdump", path=os.pathsep.join(folders))
 
 
-def _output(*command: str | Path, **options) -> str:
-    done = subprocess.run([str(word) for word in command], capture_output=True, text=True, **options)
-    if done.returncode != 0:
-        raise RuntimeError(f"{' '.join(map(str, command))}\n{done.stdout}{done.stderr}")
-    return done.stdout
-
-
-def compile_kernels(target: Path, architecture: str, csrc: Path = CSRC) -> None:
+def compile_kernels(target: Path, architecture: int, csrc: Path = CSRC) -> None:
     """All kernels but those of ``double.cu``; spills, local memory and double precision are errors."""
     nvcc = find_nvcc()
     assert nvcc is not None
     flags = ("-std=c++17", "-O3", "-cubin", f"-arch=sm_{architecture}", "-Xptxas", STRICT, "-I", csrc)
-    _output(nvcc, *flags, "-x", "cu", "-", "-o", target, input=_INSTANCES)
+    sass.run_tool(nvcc, *flags, "-x", "cu", "-", "-o", target, input=_INSTANCES)
 
 
 _KINDS = ("ffw", "hard", "bernoulli", "concrete")
@@ -201,48 +189,11 @@ def _names(mangled: str) -> tuple[str, str]:
     return f"{base} {stored}", variant
 
 
-def _subroutines(code: str) -> int:
-    """Bodies that end in a return, as of divisions. Not counted: the body of a shuffle or of a vote, which stands
-    beside its inline form for warps that have diverged (no barrier, shuffle or vote is reached by a part of a warp)."""
-    instructions = re.findall(r"^\s*/\*[0-9a-f]{4,}\*/\s+(.*?);", code, re.MULTILINE)
-    returns = [i for i, text in enumerate(instructions) if re.search(r"\bRET\b", text)]
-    return sum(not re.search("SHFL|VOTE", " ".join(instructions[max(0, i - 4) : i])) for i in returns)
-
-
-def _widest_load(code: str) -> int:
-    widths = {"U8": 8, "S8": 8, "U16": 16, "S16": 16, "64": 64, "128": 128}
-    loads = [parts.split(".") for parts in re.findall(r"\bLDG(?:STS)?\.E((?:\.\w+)*)", code)]
-    return max((max((widths[part] for part in parts if part in widths), default=32) for parts in loads), default=0)
-
-
-_FP64 = re.compile(r"\b(D(ADD|MUL|FMA|SETP|MNMX)|DMMA)\b|\.F64|RCP64|RSQ64")
-
-
-def read_kernels(cubin: Path, architecture: str) -> list[Kernel]:
-    """What ``cuobjdump`` says of every kernel in a compiled file."""
+def read_kernels(cubin: Path, architecture: int) -> list[Kernel]:
+    """Every kernel in a compiled file, in the order of ``BUDGETS``."""
     cuobjdump = find_cuobjdump()
     assert cuobjdump is not None
-    usage = dict(re.findall(r"Function (\S+):\s*\n\s*(REG:.*)", _output(cuobjdump, "-res-usage", cubin)))
-    kernels = []
-    for section in _output(cuobjdump, "-sass", cubin).split("Function : ")[1:]:
-        mangled, code = section.split("\n", 1)
-        numbers = {key: int(value) for key, value in re.findall(r"(\w+):(\d+)", usage[mangled.strip()])}
-        name, variant = _names(mangled.strip())
-        kernels.append(
-            Kernel(
-                name,
-                variant,
-                architecture,
-                numbers["REG"],
-                numbers["STACK"] + numbers["LOCAL"],
-                len(re.findall(r"\bLDG(?:STS)?\.E(?:\.\w+)*?\.128\b", code)),
-                len(re.findall(r"\bSTG\.E(?:\.\w+)*?\.128\b", code)),
-                len(re.findall(r"\b(?:LDL|STL)\b", code)),
-                len(_FP64.findall(code)),
-                _subroutines(code),
-                _widest_load(code),
-            )
-        )
+    kernels = [Kernel(*_names(mangled), architecture, code) for mangled, code in sass.read(cubin, cuobjdump).items()]
     return sorted(kernels, key=lambda kernel: (list(BUDGETS).index(kernel.name), kernel.variant))
 
 
@@ -252,9 +203,10 @@ def table(kernels: list[Kernel]) -> str:
     rows: list[tuple[str, ...]] = [(*heads, "blocks/SM", "budget")]
     for k in kernels:
         kept = "; ".join(k.problems()) or "kept"
-        counts = (k.registers, BUDGETS[k.name].shared, k.local_bytes, k.loads, k.stores, k.fp64, k.subroutines)
+        sizes = (k.code.registers, BUDGETS[k.name].shared, k.code.stack)
+        counts = (k.loads, k.stores, k.code.doubles, k.code.subroutines)
         planned = f"{k.blocks} (>= {BUDGETS[k.name].blocks})"
-        rows.append((f"{k.name} {k.variant}".strip(), k.architecture, *map(str, counts), planned, kept))
+        rows.append((f"{k.name} {k.variant}".strip(), *map(str, (k.architecture, *sizes, *counts)), planned, kept))
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = ("  ".join(word.ljust(width) for word, width in zip(row, widths, strict=True)) for row in rows)
     return "\n".join(line.rstrip() for line in lines)
@@ -262,8 +214,10 @@ def table(kernels: list[Kernel]) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--architecture", choices=ARCHITECTURES, action="append", help="default: all of them")
-    architectures = parser.parse_args().architecture or ARCHITECTURES
+    parser.add_argument(
+        "--architecture", type=int, choices=sorted(LIMITS), action="append", help="default: all of them"
+    )
+    architectures = parser.parse_args().architecture or sorted(LIMITS)
     for what, found in (("nvcc", find_nvcc()), ("cuobjdump", find_cuobjdump())):
         if found is None:
             print(f"{what} is missing: it comes with the CUDA toolkit, cuobjdump also with Triton", file=sys.stderr)

@@ -13,6 +13,7 @@ from importlib import util
 from pathlib import Path
 
 from ffw_fast.benchmarks import cuda_code
+from ffw_fast.benchmarks.sass import LIMITS
 from rich.table import Table
 
 from ffw_fast.tables import print_table
@@ -35,13 +36,13 @@ class Row:
 
 
 def triton_rows(architectures: tuple[int, ...]) -> Iterator[Row]:
-    """Every case of ``machine_code``."""
-    from ffw_fast.benchmarks import machine_code
+    """Every case of ``triton_code``."""
+    from ffw_fast.benchmarks import triton_code
 
-    for case in machine_code.all_cases():
+    for case in triton_code.all_cases():
         for number in architectures:
-            for result in machine_code.check_case(case, number):
-                code, limits = result.code, machine_code.LIMITS[number]
+            for result in triton_code.check_case(case, number):
+                code, limits = result.code, LIMITS[number]
                 yield Row(
                     f"{result.kernel} ({case.name})", number, code.registers, code.shared, code.spills, code.load_bits,
                     " ".join(code.tensor_core), code.occupancy(limits),
@@ -54,13 +55,13 @@ def cuda_rows(architectures: tuple[int, ...]) -> Iterator[Row]:
     with tempfile.TemporaryDirectory() as folder:
         for number in architectures:
             cubin = Path(folder, f"sm_{number}.cubin")
-            cuda_code.compile_kernels(cubin, str(number))
-            for kernel in cuda_code.read_kernels(cubin, str(number)):
-                budget = cuda_code.BUDGETS[kernel.name]
-                share = budget.threads / cuda_code.THREADS
+            cuda_code.compile_kernels(cubin, number)
+            for kernel in cuda_code.read_kernels(cubin, number):
+                budget, code = cuda_code.BUDGETS[kernel.name], kernel.code
+                share = budget.warps / cuda_code.A100.warps
                 yield Row(
-                    f"{kernel.name} {kernel.variant}".strip() + " (CUDA C++)", number, kernel.registers, budget.shared,
-                    kernel.local_accesses, kernel.load_bits, "", kernel.blocks * share, budget.blocks * share,
+                    f"{kernel.name} {kernel.variant}".strip() + " (CUDA C++)", number, code.registers, budget.shared,
+                    code.spills, code.load_bits, "", kernel.blocks * share, budget.blocks * share,
                     kernel.problems(),
                 )  # fmt: skip
 
@@ -93,7 +94,7 @@ def missing() -> dict[str, str]:
 
 def main() -> int:
     """Print the table; 1 if a budget is not kept, 2 if there is nothing to look at."""
-    architectures, left_out = tuple(map(int, cuda_code.ARCHITECTURES)), missing()
+    architectures, left_out = tuple(LIMITS), missing()
     rows = [] if "Triton" in left_out else list(triton_rows(architectures))
     rows += [] if "CUDA C++" in left_out else list(cuda_rows(architectures))
     for kind, reason in left_out.items():

@@ -13,17 +13,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from ffw_fast.benchmarks.a100 import BYTES_PER_SECOND, MATRIX_RATES, MULTIPROCESSORS, SINGLE_RATE
 from ffw_fast.benchmarks.jobs import Job, Layer, all_layers, chosen_jobs
 from ffw_fast.benchmarks.table8 import ADAM_BYTES, EPOCHS, HEAD_EPOCHS
 from rich.table import Table
 
 from ffw_fast.data.samples import EVALUATION_BATCH
 from ffw_fast.tables import print_table
-
-MATRIX_RATES = {"fp32": 19.5e12, "tf32": 156e12, "bf16": 312e12}
-SINGLE_RATE = 19.5e12  # of what runs on no tensor core
-BYTES_PER_SECOND = 1.555e12
-MULTIPROCESSORS = 108
 
 # All that the projection assumes beyond the floors. None of it was measured.
 MATRIX_FRACTION = 0.5  # of the matrix rate, by cuDNN and cuBLAS on layers of this size

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from ffw_fast.benchmarks.a100 import BYTES_PER_SECOND, MATRIX_RATES
 from rich.table import Table
 
 from ffw_fast.distributed import ShardedGroup
@@ -23,7 +24,6 @@ FLOAT = 4  # bytes
 WHOLE = ("weight", "gated weight", "gradient")  # floats a gate that every process keeps ...
 OWN = ("score", "first moment", "second moment", "best score")  # ... and those that may be sharded
 PASS = 9  # floats a gate that the fused step reads or writes: 5 read, 4 written
-BF16_RATE, MEMORY_RATE = 312e12, 1.555e12  # of an A100-40GB: FLOP/s, bytes/s
 NVLINK, NETWORK = 300e9, 12.5e9  # bytes/s each way of a GPU, and of a host with 100 Gbit/s
 GPUS_A_HOST = 8
 PROCESSES = (1, 2, 4, 8, 16, 32, 64)
@@ -84,8 +84,8 @@ def message_seconds(message: Message, processes: int, latency: float) -> float:
 def step_seconds(network: Network, batch: int, processes: int, share: float, latency: float) -> dict[str, float]:
     """The parts of a step: passes of the network, the fused pass over the gates, messages."""
     return {
-        "network": 6 * network.macs * batch / processes / (BF16_RATE * share),
-        "gates": PASS * FLOAT * network.gates / MEMORY_RATE,
+        "network": 6 * network.macs * batch / processes / (MATRIX_RATES["bf16"] * share),
+        "gates": PASS * FLOAT * network.gates / BYTES_PER_SECOND,
         "messages": sum(message_seconds(message, processes, latency) for message in messages(network, batch)),
     }
 

@@ -1,7 +1,7 @@
 """The one table of all GPU kernels: its rows, and what it says of what cannot be looked at."""
 
 import pytest
-from ffw_fast.benchmarks import cuda_code, ladder
+from ffw_fast.benchmarks import ladder
 
 ROW = ladder.Row("kernel", 80, 40, 1024, 0, 128, "HMMA.1688.F32.TF32", 0.5, 0.25, [])
 
@@ -34,9 +34,3 @@ def test_a_broken_budget_is_an_error(monkeypatch, capsys):
     monkeypatch.setattr(ladder, "triton_rows", lambda architectures: [ROW, broken])
     assert ladder.main() == 1
     assert "2 kernels; 1 budget broken" in capsys.readouterr().out
-
-
-def test_the_widest_load_is_read_from_the_machine_code():
-    assert cuda_code._widest_load("LDG.E R1; LDG.E.128.CONSTANT R2; LDG.E.U16 R3") == 128
-    assert cuda_code._widest_load("LDG.E R1; LDG.E.U16 R3") == 32
-    assert cuda_code._widest_load("STG.E.128 R1") == 0

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from ffw_fast.benchmarks import cuda_code
 
-from benchmarks import cuda_code
 from tests.cuda.conftest import OPERATORS
 from tests.cuda.toolchain import CSRC
 
@@ -43,12 +43,12 @@ def assert_budgets(tmp_path, architecture):
 
 
 def test_budgets_on_an_a100(needs_cuobjdump, tmp_path):
-    assert_budgets(tmp_path, "80")
+    assert_budgets(tmp_path, 80)
 
 
 @pytest.mark.slow
 def test_budgets_on_hopper(needs_cuobjdump, tmp_path):
-    assert_budgets(tmp_path, "90")
+    assert_budgets(tmp_path, 90)
 
 
 @pytest.mark.slow
@@ -68,10 +68,10 @@ def test_a_broken_budget_is_seen(needs_cuobjdump, tmp_path, file, old, new, prob
     cubin = tmp_path / "kernels.cubin"
     if problem == "double precision":
         with pytest.raises(RuntimeError, match=problem):
-            cuda_code.compile_kernels(cubin, "80", csrc / "cuda")
+            cuda_code.compile_kernels(cubin, 80, csrc / "cuda")
         return
-    cuda_code.compile_kernels(cubin, "80", csrc / "cuda")
-    found = [text for kernel in cuda_code.read_kernels(cubin, "80") for text in kernel.problems()]
+    cuda_code.compile_kernels(cubin, 80, csrc / "cuda")
+    found = [text for kernel in cuda_code.read_kernels(cubin, 80) for text in kernel.problems()]
     assert any(problem in text for text in found), found
 
 

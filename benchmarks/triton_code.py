@@ -5,17 +5,15 @@ architecture with the very arguments, tile and options that a GPU would get, and
 registers, shared memory, spills, the width of memory accesses, tensor-core instructions, double precision,
 subroutines. Occupancy is reckoned from the architecture's limits. None of this is a speed.
 
-``python -m ffw_fast.benchmarks.machine_code`` prints the table and fails where a budget is not kept.
+``python -m ffw_fast.benchmarks.triton_code`` prints the table and fails where a budget is not kept.
 """
 
 import argparse
 import functools
 import json
 import re
-import subprocess
 import sys
 import tempfile
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -24,6 +22,8 @@ from typing import Any
 
 import torch
 import triton
+from ffw_fast.benchmarks import sass
+from ffw_fast.benchmarks.sass import LIMITS, Limits
 from ffw_fast.kernels import tiles
 from ffw_fast.kernels.gate_weight import gate_weight, gate_weight_backward
 from ffw_fast.kernels.gated_adam import gated_adam_step_
@@ -40,23 +40,11 @@ from triton.runtime.jit import JITFunction
 
 from ffw_fast.gates import GateKind
 
-TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+CUOBJDUMP = (
+    Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+)  # knows what Triton's assembler makes
 TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.float64: "fp64",
          torch.int64: "i64", torch.int32: "i32"}  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What one multiprocessor has."""
-
-    registers: int = 65536
-    warps: int = 64
-    blocks: int = 32
-    shared: int = 164 * 1024
-    reserved: int = 1024  # shared memory that the system keeps for each block
-
-
-LIMITS = {80: Limits(), 90: Limits(shared=228 * 1024)}
 
 
 # Catching launches ------------------------------------------------------------------------------------------
@@ -129,8 +117,7 @@ class Code:
         load_bits, store_bits: the widest access to global memory.
         tensor_core: the tensor cores' instructions.
         doubles: instructions in double precision.
-        subroutines: such as an exact division; their returns are counted, since the assembler also uses a
-            call to leave a loop.
+        subroutines: such as an exact division.
         blocks: how many blocks one multiprocessor holds.
     """
 
@@ -156,47 +143,21 @@ def read_code(compiled: Any, architecture: int) -> Code:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        usage = _tool("cuobjdump", "-res-usage", file.name)
-        listing = _tool("cuobjdump", "-sass", file.name)
-    (registers,) = {int(number) for number in re.findall(r"REG:(\d+)", usage)}
-    (stack,) = {int(number) for number in re.findall(r"STACK:(\d+)", usage)}
-    found = Counter(re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Za-z0-9_.]+)", listing))
+        (code,) = sass.read(Path(file.name), CUOBJDUMP).values()
     warps, shared = compiled.metadata.num_warps, compiled.metadata.shared
     return Code(
-        registers=registers,
-        stack=stack,
+        registers=code.registers,
+        stack=code.stack,
         shared=shared,
         warps=warps,
-        spills=_count(found, r"(LDL|STL)\b"),
-        load_bits=_widest(found, r"(LDG|LDGSTS)\b"),
-        store_bits=_widest(found, r"STG\b"),
-        tensor_core=sorted(name for name in found if re.match(r"(HMMA\.\d|HGMMA)", name)),
-        doubles=_count(found, r"D(ADD|MUL|FMA|SETP|MNMX)\b"),
-        subroutines=_count(found, r"RET\b"),
-        blocks=resident_blocks(LIMITS[architecture], registers, shared, warps),
+        spills=code.spills,
+        load_bits=code.load_bits,
+        store_bits=code.widest(r"STG\b"),
+        tensor_core=sorted({opcode for opcode in code.opcodes if re.match(r"(HMMA\.\d|HGMMA)", opcode)}),
+        doubles=code.doubles,
+        subroutines=code.subroutines,
+        blocks=sass.resident_blocks(LIMITS[architecture], code.registers, shared, warps),
     )
-
-
-def resident_blocks(limits: Limits, registers: int, shared: int, warps: int) -> int:
-    """How many blocks a multiprocessor holds; registers are handed out to warps in units of 256."""
-    by_registers = limits.registers // (-(-registers * 32 // 256) * 256) // warps
-    by_shared = limits.shared // (shared + limits.reserved)
-    return min(by_registers, by_shared, limits.warps // warps, limits.blocks)
-
-
-def _tool(name: str, *arguments: str) -> str:
-    result = subprocess.run([TOOLS / name, *arguments], capture_output=True, text=True, check=True)
-    return result.stdout + result.stderr
-
-
-def _count(found: Counter[str], pattern: str) -> int:
-    return sum(count for name, count in found.items() if re.match(pattern, name))
-
-
-def _widest(found: Counter[str], pattern: str) -> int:
-    names = [name.split(".") for name in found if re.match(pattern, name)]
-    widths = {"U8": 8, "S8": 8, "U16": 16, "S16": 16, "64": 64, "128": 128}
-    return max((max((widths[part] for part in name if part in widths), default=32) for name in names), default=0)
 
 
 # Budgets ----------------------------------------------------------------------------------------------------
@@ -441,7 +402,7 @@ def table_of(results: list[Result]) -> Table:
 
 def main(arguments: list[str] | None = None) -> int:
     """Print the table; 1 if a budget is not kept."""
-    parser = argparse.ArgumentParser(prog="machine_code", description=(__doc__ or "").split("\n", 1)[0])
+    parser = argparse.ArgumentParser(prog="triton_code", description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("--arch", type=int, nargs="*", default=sorted(LIMITS), choices=sorted(LIMITS))
     parser.add_argument("--json", type=Path, help="write the results there too")
     options = parser.parse_args(arguments)
