@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from ffw_fast import backend
 from ffw_fast.convolutions import use_cheapest_convolutions
-from ffw_fast.convolutions.batch_innermost import BatchInnermostGlobalPool
+from ffw_fast.convolutions.batch_innermost import BatchInnermostGlobalPool, batch_innermost
 from ffw_fast.convolutions.fft import (
     FftConv2d,
     direct_cost,
@@ -40,10 +40,6 @@ KERNEL = 7
 def best_times(sides: list[Callable[[], Any]], repeats: int) -> list[float]:
     """The best time of each side, in seconds, of so many turns after one that warms up."""
     return [min(times) for times in take_turns(sides, 0, repeats + 1)]
-
-
-def batch_innermost(x: Tensor) -> Tensor:
-    return x.permute(1, 2, 3, 0).contiguous().permute(3, 0, 1, 2)
 
 
 class Layer:

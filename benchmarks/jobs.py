@@ -1,16 +1,21 @@
 """The four rows of the paper's Table 8: networks, sizes and times; and the layers that they are made of."""
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
 
+from ffw_fast.bottleneck import outputs_of
 from ffw_fast.data.samples import Samples
 from ffw_fast.models import MLP
 from ffw_fast.modules import maskable_layers
 from ffw_fast.workloads import WORKLOADS
+
+Shape: TypeAlias = tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -27,6 +32,11 @@ class Job:
     val: int
     paper_seconds: int
     batch_size: int = 100
+
+    @property
+    def steps(self) -> int:
+        """Minibatches of an epoch."""
+        return -(-self.train // self.batch_size)
 
 
 def _of(name: str, title: str, image: tuple[int, int, int], train: int, val: int) -> Job:
@@ -75,13 +85,8 @@ def random_samples(job: Job, count: int) -> Samples:
 
 def feature_width(job: Job, model: nn.Module) -> int:
     """Features at the bottleneck of the job's network."""
-    widths = []
-    module = model.get_submodule(job.bottleneck)
-    hook = module.register_forward_hook(lambda _module, _x, output: widths.append(output.flatten(1).shape[1]))
-    with torch.no_grad():
-        model.eval()(torch.zeros(1, *job.image))
-    hook.remove()
-    return widths[0]
+    _logits, features = outputs_of(model.eval(), job.bottleneck, torch.zeros(1, *job.image))
+    return features.numel()
 
 
 @dataclass(frozen=True)
@@ -124,17 +129,25 @@ def layers_of(job: Job) -> list[Layer]:
 
 def all_layers(job: Job) -> list[Layer]:
     """The job's Conv and Linear layers, in the order of a forward pass."""
-    return list(_run_layers(job))
-
-
-def _run_layers(job: Job) -> Iterator[Layer]:
-    model = job.network().eval()
-    read: list[tuple[nn.Module, Tensor, Tensor]] = []
-    for layer in maskable_layers(model).values():
-        layer.register_forward_hook(lambda layer, inputs, output: read.append((layer, inputs[0], output)))
-    with torch.no_grad():
-        model(torch.zeros(1, *job.image))
-    for index, (module, x, y) in enumerate(read):
-        module._forward_hooks.clear()
+    model = job.network()
+    calls = calls_of(job, model, maskable_layers(model).values())
+    layers = []
+    for index, (module, inputs, outputs) in enumerate(calls):
         assert isinstance(module, nn.Conv2d | nn.Linear)
-        yield Layer(job.name, module, tuple(x.shape[1:]), tuple(y.shape[1:]), index == 0)
+        layers.append(Layer(job.name, module, inputs, outputs, index == 0))
+    return layers
+
+
+@torch.no_grad()
+def calls_of(job: Job, model: nn.Module, modules: Iterable[nn.Module]) -> list[tuple[nn.Module, Shape, Shape]]:
+    """The modules in the order in which a forward pass calls them, with the shapes of a sample's input and output."""
+    calls: list[tuple[nn.Module, Shape, Shape]] = []
+
+    def note(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        calls.append((module, tuple(inputs[0].shape[1:]), tuple(output.shape[1:])))
+
+    with ExitStack() as hooks:
+        for module in modules:
+            hooks.enter_context(module.register_forward_hook(note))
+        model.eval()(torch.zeros(1, *job.image))
+    return calls

@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from ffw_fast.benchmarks.jobs import JOBS, TINY_JOBS, Job, Layer, feature_width, layers_of
+from ffw_fast.benchmarks.jobs import JOBS, TINY_JOBS, Job, Layer, calls_of, feature_width, layers_of
 from rich.table import Table
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
@@ -427,16 +427,10 @@ def cases(jobs: Iterable[Job]) -> list[Case]:
     return sorted(found.values(), key=lambda case: (case.operator, case.mode))
 
 
-@torch.no_grad()
 def tanh_shapes(job: Job, model: nn.Module) -> list[tuple[int, ...]]:
     """Of what each tanh of the job's network gets of a minibatch."""
-    shapes: list[tuple[int, ...]] = []
     layers = [layer for layer in model.modules() if isinstance(layer, nn.Tanh)]
-    hooks = [layer.register_forward_hook(lambda _layer, _x, y: shapes.append(tuple(y.shape[1:]))) for layer in layers]
-    model.eval()(torch.zeros(1, *job.image))
-    for hook in hooks:
-        hook.remove()
-    return [(job.batch_size, *shape) for shape in shapes]
+    return [(job.batch_size, *shape) for _layer, shape, _outputs in calls_of(job, model, layers)]
 
 
 def _by_fft(layer: Layer) -> bool:

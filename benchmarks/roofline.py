@@ -10,6 +10,7 @@ import argparse
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +80,7 @@ class Kernel:
 def layer_kernels(layer: Layer, batch: int, precision: str, training: bool) -> Iterator[Kernel]:
     """The kernels of one layer in a forward pass of a minibatch and, in training, in the backward pass."""
     size = 2 if precision == "bf16" else 4
-    x, y, v = (size * batch * _count(layer.inputs), size * batch * _count(layer.outputs), size * _weights(layer))
+    x, y, v = (size * batch * prod(layer.inputs), size * batch * prod(layer.outputs), size * _weights(layer))
     outs, ins = layer.dense.weight.shape[:2]
     flops, rate = batch * layer.flops, MATRIX_RATES[precision]
     is_last = layer.outputs == (outs,) and outs <= 10  # the classifier has no non-linearity
@@ -98,13 +99,6 @@ def layer_kernels(layer: Layer, batch: int, precision: str, training: bool) -> I
         yield kernel("gradient of the input", flops, x + v + y, ins)
     yield kernel("gradient of the weight", flops, x + v + y, outs)
     yield kernel("its sum", 0, (size + 2 * 4) * _weights(layer))  # added to the flat buffer, which is float32
-
-
-def _count(shape: tuple[int, ...]) -> int:
-    count = 1
-    for extent in shape:
-        count *= extent
-    return count
 
 
 def _weights(layer: Layer) -> int:
@@ -163,14 +157,13 @@ class Projection:
 def project(job: Job, precision: str) -> Projection:
     """Sum up a row."""
     step, batch = step_kernels(job, precision), feature_kernels(job, precision)
-    steps = -(-job.train // job.batch_size)
     batches = (job.train + job.val) / EVALUATION_BATCH
     graph = sum(kernel.projected for kernel in step) + OTHER_KERNELS * GRAPH_SECONDS
     eager = max(graph, (len(step) + OTHER_KERNELS) * EAGER_SECONDS)
     features = EPOCHS * batches * max(sum(k.projected for k in batch), len(batch) * EAGER_SECONDS)
     heads = EPOCHS * HEAD_EPOCHS * head_epoch(job)
-    floor = EPOCHS * (steps * sum(k.floor for k in step) + batches * sum(k.floor for k in batch))
-    gates = {"eager": EPOCHS * steps * eager, "graph": EPOCHS * steps * graph}
+    floor = EPOCHS * (job.steps * sum(k.floor for k in step) + batches * sum(k.floor for k in batch))
+    gates = {"eager": EPOCHS * job.steps * eager, "graph": EPOCHS * job.steps * graph}
     return Projection(
         job.name, precision, floor, eager, graph, gates["graph"], features, heads,
         gates["eager"] + features + heads, gates["graph"] + features + heads, job.paper_seconds,
@@ -181,8 +174,7 @@ def head_epoch(job: Job) -> float:
     """Seconds of one epoch of the heads, which learn beside each other."""
     width = all_layers(job)[-1].inputs[0]
     rate = HEAD_FRACTION * SINGLE_RATE / MULTIPROCESSORS
-    steps = -(-job.train // job.batch_size)
-    return 6 * job.train * width * job.classes / rate + steps * HEAD_STEP_SECONDS
+    return 6 * job.train * width * job.classes / rate + job.steps * HEAD_STEP_SECONDS
 
 
 def kernel_table(kernels: list[Kernel], precision: str) -> Table:

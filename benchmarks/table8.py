@@ -50,21 +50,18 @@ class Parts:
 
     def fast_epoch(self, job: Job) -> float:
         """Gates, one feature pass, the heads on cached features, one evaluation."""
-        steps = -(-job.train // job.batch_size)
         samples = job.train + job.val
-        gates = steps * (self.gate_step + self.optimizer_step)
+        gates = job.steps * (self.gate_step + self.optimizer_step)
         return gates + samples * self.feature_sample + HEAD_EPOCHS * self.head_epoch
 
     def reference_epoch(self, job: Job) -> float:
         """As published: every head epoch a pass of the network (it is in ``head_epoch``), two sets evaluated."""
-        steps = -(-job.train // job.batch_size)
-        return steps * self.gate_step + (job.train + job.val) * self.feature_sample + HEAD_EPOCHS * self.head_epoch
+        return job.steps * self.gate_step + (job.train + job.val) * self.feature_sample + HEAD_EPOCHS * self.head_epoch
 
 
 def adaptive_epochs(job: Job) -> int:
     """Epochs that hold the adaptive schedule's steps."""
-    steps_an_epoch = -(-job.train // job.batch_size)
-    return -(-ADAPTIVE_STEPS // steps_an_epoch)
+    return -(-ADAPTIVE_STEPS // job.steps)
 
 
 def settings_of(job: Job, precision: str) -> Settings:
