@@ -12,8 +12,8 @@ from statistics import mean
 from typing import Any
 
 import torch
-from ffw_fast.benchmarks.cooling import WORKLOAD, biased_network
 from ffw_fast.benchmarks.machine import measure_rates, record
+from ffw_fast.benchmarks.whole import WORKLOAD, biased_network
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 

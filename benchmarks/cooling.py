@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from ffw_fast.benchmarks.whole import train_biased
+from ffw_fast.benchmarks.whole import WORKLOAD, biased_network
 from rich.table import Table
 from torch import Tensor, nn
 
@@ -25,17 +25,9 @@ from ffw_fast.measure import accuracy
 from ffw_fast.schedule import judging_shift
 from ffw_fast.settings import Settings
 from ffw_fast.tables import print_table
-from ffw_fast.workloads import WORKLOADS
 
 BINS = 20
 SCHEDULES = ("published", "adaptive")  # the ones compared
-WORKLOAD = WORKLOADS["multi-color-mnist"]
-
-
-def biased_network(seed: int, epochs: int | None = None, **data_options: Any) -> tuple[nn.Module, Splits]:
-    """The network that both schedules start from, and the data."""
-    biased = train_biased(WORKLOAD.name, seed, max_epochs=1, vanilla_epochs=epochs, **data_options)
-    return biased.model, biased.splits
 
 
 def follow(model: nn.Module, splits: Splits, settings: Settings) -> dict[str, Any]:

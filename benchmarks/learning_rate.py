@@ -11,8 +11,8 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from ffw_fast.benchmarks.cooling import WORKLOAD, biased_network
 from ffw_fast.benchmarks.machine import describe
+from ffw_fast.benchmarks.whole import WORKLOAD, biased_network
 from torch import nn
 
 from ffw_fast.data import Splits

@@ -22,6 +22,7 @@ from ffw_fast.settings import Settings
 from ffw_fast.vanilla import train_vanilla
 from ffw_fast.workloads import WORKLOADS
 
+WORKLOAD = WORKLOADS["multi-color-mnist"]
 ADAPTIVE = {"schedule": "adaptive", "gamma": 1.0}
 SIDES: dict[str, tuple[Callable[..., Extraction], dict[str, Any]]] = {
     "reference": (reference.extract, {}),
@@ -86,17 +87,17 @@ def train_biased(
     return Biased(workload.title, splits, model, settings)
 
 
-def run_whole(
-    name: str = "multi-color-mnist",
-    seed: int = 0,
-    max_epochs: int = 200,
-    vanilla_epochs: int | None = None,
-    **data_options: Any,
-) -> dict[str, Any]:
+def biased_network(seed: int, epochs: int | None = None, **data_options: Any) -> tuple[nn.Module, Splits]:
+    """Multi-Color MNIST's biased network, after the workload's epochs or so many, and the data."""
+    biased = train_biased(WORKLOAD.name, seed, max_epochs=1, vanilla_epochs=epochs, **data_options)
+    return biased.model, biased.splits
+
+
+def run_whole(max_epochs: int = 200, vanilla_epochs: int | None = None, **data_options: Any) -> dict[str, Any]:
     """Seconds, epochs and final metrics of all sides, and the biased network's metrics."""
-    title = WORKLOADS[name].title
+    title = WORKLOAD.title
     print(f"{title}, whole: the biased network ...", flush=True)
-    biased = train_biased(name, seed, max_epochs=max_epochs, vanilla_epochs=vanilla_epochs, **data_options)
+    biased = train_biased(WORKLOAD.name, 0, max_epochs=max_epochs, vanilla_epochs=vanilla_epochs, **data_options)
     results: dict[str, Any] = {"workload": title, "vanilla": biased.measured(biased.model)}
     for side, (run, own) in SIDES.items():
         print(f"{title}, whole: {side} ...", flush=True)

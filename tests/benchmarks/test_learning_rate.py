@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from ffw_fast.benchmarks import learning_rate
-from ffw_fast.benchmarks.cooling import WORKLOAD, biased_network
+from ffw_fast.benchmarks.whole import WORKLOAD, biased_network
 
 from ffw_fast.extract import extract
 from ffw_fast.optim import LR
