@@ -47,6 +47,7 @@ TOLERANCE = 1e-3  # of the largest number, between a kernel and the plain-PyTorc
 CUDA_TESTS = ("tests/cuda/test_gpu.py", "tests/test_step_graph.py", "tests/convolutions/test_tensor_core.py")
 TRITON_TESTS = ("tests/kernels/cases",)
 TEST_SECONDS = 60  # a test that takes longer hangs
+CAPTURED = 10  # calls in one CUDA graph
 WORKERS = 8  # processes that share the device, most of whose time goes into compiling Triton's kernels
 WHOLE: dict[str, tuple[str, float, int]] = {  # precision, gamma of the adaptive schedule, the paper's unbiased images
     "multi-color-mnist": ("fp32", 1.0, 6000),
@@ -77,7 +78,7 @@ def seconds(run: Callable[[], Any], dry: bool, repeats: int = 20) -> float:
     return median(times)
 
 
-def seconds_in_graph(run: Callable[[], Any], calls: int = 10) -> float:
+def seconds_in_graph(run: Callable[[], Any]) -> float:
     """The device's time for a call: of several that are captured in one CUDA graph, which leaves the CPU out."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -87,9 +88,9 @@ def seconds_in_graph(run: Callable[[], Any], calls: int = 10) -> float:
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        for _ in range(calls):
+        for _ in range(CAPTURED):
             run()
-    return seconds(graph.replay, dry=False) / calls
+    return seconds(graph.replay, dry=False) / CAPTURED
 
 
 # The build and what is there ------------------------------------------------------------------------------------------
@@ -289,8 +290,9 @@ def operators_of(count: int, device: torch.device) -> list[Operator]:
     ]  # fmt: skip
 
 
-def _head(device: torch.device, samples: int = 2000, width: int = 100, epochs: int = 2) -> Operator:
+def _head(device: torch.device) -> Operator:
     """Two epochs of the two heads of Multi-Color MNIST."""
+    samples, width, epochs = 2000, 100, 2
     features, labels = torch.randn(samples, width), torch.randint(10, (samples, 2))
     order = torch.stack([torch.randperm(samples) for _ in range(epochs)])
     state = (0.1 * torch.randn(2, 10, width), torch.zeros(2, 10), torch.zeros(2, 10, width), torch.zeros(2, 10))
@@ -400,8 +402,7 @@ def measure(job: jobs.Job, precision: str, dry: bool) -> tuple[Parts, str]:
         warnings.simplefilter("always")
         loop.train_gates()  # warms up, and captures the graph
     graph = "yes" if loop.step_graph.is_captured else "; ".join(str(one.message) for one in caught) or "no"
-    steps = -(-job.train // job.batch_size)
-    step = machine.seconds(loop.train_gates, 2, warmup=0) / steps  # it reads the losses back at its end
+    step = machine.seconds(loop.train_gates, 2, warmup=0) / job.steps  # it reads the losses back at its end
     feature = seconds(lambda: loop.features(samples.x), dry, 3) / len(samples.y)
     features = torch.randn(len(samples.y), loop.heads.weight.shape[2], device=device)
     started_at, start = loop.heads.epochs, time.perf_counter()

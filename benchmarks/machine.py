@@ -15,6 +15,7 @@ from ffw_fast.version import __version__
 
 MATRIX = 1536
 COPY_BYTES = 256 * 2**20
+MOST_TURNS = 500  # of sides that are measured by turns, however short they are
 
 
 @dataclass(frozen=True)
@@ -54,15 +55,15 @@ def times(run: Callable[[], Any], repeats: int, warmup: int = 1) -> list[float]:
     return result
 
 
-def take_turns(sides: Sequence[Callable[[], Any]], seconds: float, fewest: int, most: int = 500) -> list[list[float]]:
+def take_turns(sides: Sequence[Callable[[], Any]], seconds: float, fewest: int) -> list[list[float]]:
     """Times of each side, which take turns, so that a disturbance meets all, until the seconds have passed.
 
     Args:
-        fewest, most: turns, however long or short they take.
+        fewest: turns, however long they take.
     """
     taken: list[list[float]] = [[] for _ in sides]
     ends = time.perf_counter() + seconds
-    while len(taken[0]) < fewest or (time.perf_counter() < ends and len(taken[0]) < most):
+    while len(taken[0]) < fewest or (time.perf_counter() < ends and len(taken[0]) < MOST_TURNS):
         for side, own in zip(sides, taken, strict=True):
             own += times(side, 1, warmup=0)
     return taken

@@ -24,7 +24,7 @@ SECONDS = 1.0  # that both sides of a layer are measured for
 FEWEST = 7  # turns
 
 
-def measure_layer(layer: Layer, batch: int, seconds: float = SECONDS, fewest: int = FEWEST) -> dict[str, Any]:
+def measure_layer(layer: Layer, batch: int, seconds: float) -> dict[str, Any]:
     """Times of both sides in seconds and their ratios. ``AssertionError`` where the open gate's results differ."""
     dense = layer.dense.requires_grad_(False)
     masked: Any = MASKED_CLASSES[type(dense)].from_dense(dense)
@@ -37,7 +37,7 @@ def measure_layer(layer: Layer, batch: int, seconds: float = SECONDS, fewest: in
     (y, by_weight, *by_input), (masked_y, by_scores, *masked_by_input) = (side() for side in sides)
     # with scores 0 at temperature 1 the gate is 1 and its straight-through slope 1/2
     check_same([masked_y, by_scores, *masked_by_input], [y, by_weight * dense.weight.detach() / 2, *by_input])
-    plain, gated = take_turns(sides, seconds, fewest)
+    plain, gated = take_turns(sides, seconds, FEWEST)
     return {
         "network": layer.network,
         "layer": layer.shape,

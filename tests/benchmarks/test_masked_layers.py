@@ -23,7 +23,7 @@ def test_a_ratio_for_every_layer(tmp_path, capsys):
 def test_no_ratio_for_a_wrong_result(monkeypatch):
     monkeypatch.setattr(ops, "gate_weight_backward", lambda grad, weight, *_: torch.zeros_like(weight))
     with pytest.raises(AssertionError, match="result 1 differs"):
-        masked_layers.measure_layer(layers_of(TINY_JOBS[0])[0], 4)
+        masked_layers.measure_layer(layers_of(TINY_JOBS[0])[0], 4, 0)
 
 
 def test_layers_of_the_networks():
