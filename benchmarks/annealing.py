@@ -4,13 +4,11 @@ Both sides are ``GatedAdam`` on the weights of a network of Table 8, with gradie
 reduction that the adaptive schedule asks for is part of the fused pass; what else it adds is a few scalars.
 """
 
-import argparse
-import json
-from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
+from ffw_fast.benchmarks.command import add_json, bench_parser, write_record
 from ffw_fast.benchmarks.jobs import JOBS, TINY_JOBS, Job, chosen_jobs
 from ffw_fast.benchmarks.machine import describe, take_turns
 from rich.table import Table
@@ -68,18 +66,17 @@ def table(job: Job, rows: list[dict[str, Any]]) -> Table:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="ffw-fast bench annealing", description=__doc__.split("\n")[0])
+    parser = bench_parser("annealing", __doc__)
     parser.add_argument("--job", help=f"a row of Table 8 (default: {JOB}; with --tiny: {TINY_JOB})")
     parser.add_argument("--seconds", type=float, default=SECONDS, help="for each kind of gate (default: %(default)s)")
-    parser.add_argument("--json", type=Path, help="write the figures, with machine and versions, to this file")
+    add_json(parser)
     parser.add_argument("--tiny", action="store_true", help="a dry run on a tiny network, whose times say nothing")
     options = parser.parse_args(arguments)
     jobs, default = (TINY_JOBS, TINY_JOB) if options.tiny else (JOBS, JOB)
     job = chosen_jobs([options.job or default], jobs)[0]
     rows = [measure(job, kind, options.seconds) for kind in KINDS]
     print_table(table(job, rows))
-    if options.json:
-        options.json.write_text(json.dumps({"machine": describe(), "job": job.name, "rows": rows}, indent=2) + "\n")
+    write_record(options.json, {"machine": describe(), "job": job.name, "rows": rows})
 
 
 if __name__ == "__main__":

@@ -5,13 +5,11 @@ one biased network a seed, one extraction of each kind with the adaptive schedul
 test set as it is, with heads fitted afresh on the training set as it is.
 """
 
-import argparse
-import json
-from pathlib import Path
 from statistics import mean
 from typing import Any
 
 import torch
+from ffw_fast.benchmarks.command import add_json, bench_parser, write_record
 from ffw_fast.benchmarks.machine import measure_rates, record
 from ffw_fast.benchmarks.whole import WORKLOAD, biased_network
 from torch import Tensor, nn
@@ -76,12 +74,12 @@ def extracted(model: nn.Module, splits: Splits, seed: int, cache_augmented: bool
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="ffw-fast bench augmented", description=__doc__.split("\n")[0])
+    parser = bench_parser("augmented", __doc__)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="default: 1 2 3")
     parser.add_argument("--max-epochs", type=int, default=200, help="of an extraction")
     parser.add_argument("--vanilla-epochs", type=int, help="of the biased network (default: the workload's)")
     parser.add_argument("--unbiased-size", type=int, default=2000, help="images of the unbiased set (default: 2000)")
-    parser.add_argument("--json", type=Path, help="write the figures, with machine and versions, to this file")
+    add_json(parser)
     options = parser.parse_args(arguments)
     rows: dict[str, list[dict[str, Any]]] = {kind: [] for kind in KINDS}
     for seed in options.seeds:
@@ -90,7 +88,7 @@ def main(arguments: list[str] | None = None) -> None:
             rows[kind].append(extracted(model, splits, seed, cached, options.max_epochs))
     print_table(lines(rows).as_table())
     if options.json:
-        options.json.write_text(json.dumps({"machine": record(measure_rates()), "rows": rows}, indent=2) + "\n")
+        write_record(options.json, {"machine": record(measure_rates()), "rows": rows})
 
 
 def lines(rows: dict[str, list[dict[str, Any]]]) -> Lines:

@@ -6,13 +6,11 @@ published correlations: the work is the same. The result counts only where both 
 median epoch: in the last ones, where T is small, a rounding error may flip a gate, after which scores part.
 """
 
-import argparse
-import json
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
+from ffw_fast.benchmarks.command import add_json, bench_parser, write_record
 from ffw_fast.benchmarks.machine import measure_rates, record
 from rich.console import Console
 
@@ -77,11 +75,11 @@ def compare(samples: int, val: int, max_epochs: int) -> dict[str, Any]:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="ffw-fast bench bise", description=__doc__.split("\n")[0])
+    parser = bench_parser("bise", __doc__)
     parser.add_argument("--samples", type=int, default=32000, help="of the biased training set (default: 32000)")
     parser.add_argument("--val", type=int, default=2000, help="of the validation set (default: 2000)")
     parser.add_argument("--max-epochs", type=int, default=200, help="ends earlier than the schedule where below 100")
-    parser.add_argument("--json", type=Path, help="write the figures, with machine and versions, to this file")
+    add_json(parser)
     options = parser.parse_args(arguments)
     row = compare(options.samples, options.val, options.max_epochs)
     console = Console()
@@ -93,7 +91,7 @@ def main(arguments: list[str] | None = None) -> None:
         raise SystemExit("the two did not go the same way: their times are not compared")
     console.print(f"{row['ratio']:.1f} times faster")
     if options.json:
-        options.json.write_text(json.dumps({"machine": record(measure_rates()), **row}, indent=2) + "\n")
+        write_record(options.json, {"machine": record(measure_rates()), **row})
 
 
 if __name__ == "__main__":

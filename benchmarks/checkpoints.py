@@ -5,8 +5,6 @@ Multi-Color MNIST on the shipped digits: the biased network's training, then the
 flushing to the disk, at ends of epochs and when the run ends.
 """
 
-import argparse
-import json
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,6 +13,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 from unittest.mock import patch
 
+from ffw_fast.benchmarks.command import add_json, bench_parser, write_record
 from ffw_fast.benchmarks.machine import describe
 from rich.console import Console
 from rich.table import Table
@@ -92,13 +91,13 @@ def cost_table(rows: list[Row]) -> Table:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="ffw-fast bench checkpoints", description=__doc__.split("\n")[0])
+    parser = bench_parser("checkpoints", __doc__)
     parser.add_argument("--schedule", default="published", choices=("published", "adaptive"), help="default: published")
     parser.add_argument("--max-epochs", type=int, default=200, help="of the extraction (default: 200)")
     parser.add_argument("--vanilla-epochs", type=int, help="of the biased network (default: the workload's)")
     parser.add_argument("--seed", type=int, default=0, help="default: 0")
     parser.add_argument("--out", type=Path, help="where checkpoints are written: the disk counts (default: temporary)")
-    parser.add_argument("--json", type=Path, help="write the figures, with machine and versions, to this file")
+    add_json(parser)
     options = parser.parse_args(arguments)
     with TemporaryDirectory(dir=options.out) as folder:
         rows = measure(
@@ -109,8 +108,7 @@ def main(arguments: list[str] | None = None) -> None:
             max_epochs=options.max_epochs,
         )
     Console().print(cost_table(rows))
-    if options.json:
-        options.json.write_text(json.dumps({"machine": describe(), "rows": rows}, indent=2) + "\n")
+    write_record(options.json, {"machine": describe(), "rows": rows})
 
 
 if __name__ == "__main__":

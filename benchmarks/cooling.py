@@ -6,13 +6,11 @@ and of those pruned at ``m >= 0`` and at ``g >= 1/2``. Around the published sche
 gates, before and after.
 """
 
-import argparse
 import itertools
-import json
-from pathlib import Path
 from typing import Any
 
 import torch
+from ffw_fast.benchmarks.command import add_json, bench_parser, write_record
 from ffw_fast.benchmarks.whole import WORKLOAD, biased_network
 from rich.table import Table
 from torch import Tensor, nn
@@ -120,19 +118,18 @@ def _around_falls(epochs: list[dict[str, float]]) -> list[dict[str, float]]:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="ffw-fast bench cooling", description=__doc__.split("\n")[0])
+    parser = bench_parser("cooling", __doc__)
     parser.add_argument("--seed", type=int, default=1, help="default: 1")
     parser.add_argument("--gamma", type=float, default=1.0, help="default: 1")
     parser.add_argument("--anneal-rate", type=float, default=1e-4, help="of the adaptive schedule (default: 1e-4)")
     parser.add_argument("--max-epochs", type=int, default=200, help="of each extraction (default: 200)")
-    parser.add_argument("--json", type=Path, help="write all figures to this file")
+    add_json(parser, "all figures")
     options = parser.parse_args(arguments)
     results = measure(options.seed, options.gamma, options.anneal_rate, options.max_epochs)
     print_table(table(results))
     for when, counts in results["published"]["histograms"].items():
         print(f"gates {when} the first cut, from 0 to 1 in {BINS} equal parts: {' '.join(map(str, counts))}")
-    if options.json:
-        options.json.write_text(json.dumps(results) + "\n")
+    write_record(options.json, results)
 
 
 if __name__ == "__main__":

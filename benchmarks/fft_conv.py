@@ -8,7 +8,6 @@ and the best of their times stands, because a disturbance only ever adds. A spee
 results agree.
 """
 
-import argparse
 import copy
 import itertools
 from collections.abc import Callable
@@ -16,6 +15,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from ffw_fast.benchmarks.command import bench_parser
 from ffw_fast.benchmarks.machine import describe, take_turns
 from ffw_fast.benchmarks.operators import check_same
 from torch import Tensor, nn
@@ -150,9 +150,7 @@ def compare_network(batch: int, size: int, repeats: int) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="ffw-fast bench fft_conv", description="SimpleConvNet's convolutions by FFT against oneDNN, float32"
-    )
+    parser = bench_parser("fft_conv", __doc__)
     parser.add_argument("--batch", type=int, default=100, help="images (default: 100)")
     parser.add_argument("--size", type=int, default=28, help="height and width of the images (default: 28)")
     parser.add_argument("--repeats", type=int, default=3, help="of every time, of which the best stands (default: 3)")

@@ -7,7 +7,6 @@ Figures are written to ``benchmarks/results/gpu-DEVICE.json`` after every sectio
 those that it had. ``--dry`` runs the same code on the CPU at small sizes, and writes nothing but what ``--json`` names.
 """
 
-import argparse
 import contextlib
 import json
 import os
@@ -21,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from ffw_fast.benchmarks.command import bench_parser, write_record
 from ffw_fast.benchmarks.gpu_sections import ROOT, SECTIONS, missing
 from ffw_fast.benchmarks.step_profile import profile_table
 from rich.table import Table
@@ -116,7 +116,7 @@ def default_target() -> Path:
 
 def main(arguments: list[str] | None = None) -> None:
     """Run all sections, or one; ``SystemExit`` where there is no CUDA device and this is no dry run."""
-    parser = argparse.ArgumentParser(prog="ffw-fast bench gpu", description=(__doc__ or "").split("\n", 1)[0])
+    parser = bench_parser("gpu", __doc__)
     parser.add_argument("--dry", action="store_true", help="the same on the CPU at small sizes; no figure counts")
     parser.add_argument("--only", nargs="+", choices=SECTIONS, metavar="SECTION", help=f"of {', '.join(SECTIONS)}")
     parser.add_argument("--section", choices=SECTIONS, help="one of them, in this process")
@@ -148,7 +148,7 @@ def run_all(dry: bool, target: Path | None, names: list[str]) -> dict[str, dict[
             results[name] = run_section(name, dry, min(SECTIONS[name].limit, left))
         else:
             results[name] = {"seconds": 0.0, "problem": "no time was left", "figures": [], "output": ""}
-        write(target, {"dry": dry, "sections": results})
+        write_record(target, {"dry": dry, "sections": results})
     return results
 
 
@@ -159,16 +159,7 @@ def _write_rows(name: str, dry: bool, target: Path | None) -> None:
         rows.append(row)
         if target is None:
             print(json.dumps(row), flush=True)
-        write(target, rows)
-
-
-def write(target: Path | None, figures: Any) -> None:
-    """Write the figures as a whole or not at all, so that whoever is killed leaves what was there."""
-    if target is not None:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = target.with_name(f"{target.name}.part")
-        unfinished.write_text(json.dumps(figures, indent=2) + "\n")
-        unfinished.replace(target)
+        write_record(target, rows)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from ffw_fast.benchmarks.command import add_json, bench_parser, write_record
 from ffw_fast.benchmarks.machine import describe
 from ffw_fast.benchmarks.memory import peak_resident, resident
 from rich.table import Table
@@ -211,8 +212,8 @@ def record(measured: Measured) -> dict[str, Any]:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="ffw-fast bench growth", description=__doc__.split("\n")[0])
-    parser.add_argument("--json", type=Path, help="write the figures, with machine and versions, to this file")
+    parser = bench_parser("growth", __doc__)
+    add_json(parser)
     parser.add_argument("--plot", type=Path, help="draw time and memory over each size (needs the extra `figures`)")
     parser.add_argument("--memory", action="store_true", help="vary parameters alone: peak memory per gated parameter")
     parser.add_argument("--schedule", default="published", help="of the temperature (default: %(default)s)")
@@ -238,8 +239,7 @@ def main(arguments: list[str] | None = None) -> None:
     training, judged = bytes_per_gate(cost for _, cost in measured["parameters"])
     print("peak memory per gated parameter, beyond the network and the data handed in:")
     print(f"{training:.1f} bytes, and {judged:.1f} once the pruned network was judged and its scores are kept")
-    if options.json:
-        options.json.write_text(json.dumps(record(measured) | {"bytes_per_gate": [training, judged]}, indent=2) + "\n")
+    write_record(options.json, record(measured) | {"bytes_per_gate": [training, judged]})
     if options.plot:
         plot(measured, options.plot)
 

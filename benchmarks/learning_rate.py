@@ -4,13 +4,11 @@ The scores learn at 1e-3, the published rate, times a factor that falls with T. 
 other rates in its place, from one biased network a seed, on the shipped digits.
 """
 
-import argparse
-import json
 from itertools import product
-from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from ffw_fast.benchmarks.command import add_json, bench_parser, write_record
 from ffw_fast.benchmarks.machine import describe
 from ffw_fast.benchmarks.whole import WORKLOAD, biased_network
 from torch import nn
@@ -56,7 +54,7 @@ def row(model: nn.Module, splits: Splits, settings: Settings, lr: float) -> dict
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="ffw-fast bench learning_rate", description=__doc__.split("\n")[0])
+    parser = bench_parser("learning_rate", __doc__)
     add = parser.add_argument
     add("--rates", type=float, nargs="+", default=[LR, 3 * LR], help=f"of the scores (default: {LR:g} {3 * LR:g})")
     add("--anneal-rates", type=float, nargs="+", default=[2e-4, 1e-4], help="default: 2e-4 1e-4")
@@ -65,7 +63,7 @@ def main(arguments: list[str] | None = None) -> None:
     add("--max-epochs", type=int, default=200, help="of an extraction")
     add("--vanilla-epochs", type=int, help="of the biased network (default: the workload's)")
     add("--unbiased-size", type=int, help="images of the unbiased set (default: the workload's)")
-    add("--json", type=Path, help="write the figures, with machine and versions, to this file")
+    add_json(parser)
     options = parser.parse_args(arguments)
     rows = []
     for seed in options.seeds:
@@ -82,8 +80,7 @@ def main(arguments: list[str] | None = None) -> None:
             )
             rows.append(row(model, splits, settings, lr))
     print_table(lines(rows).as_table())
-    if options.json:
-        options.json.write_text(json.dumps({"machine": describe(), "rows": rows}, indent=2) + "\n")
+    write_record(options.json, {"machine": describe(), "rows": rows})
 
 
 def lines(rows: list[dict[str, Any]]) -> Lines:

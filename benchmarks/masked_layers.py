@@ -5,13 +5,11 @@ dense layer's weight or the masked layer's scores, whose weight is frozen. Biase
 turns, so that a disturbance meets both; the ratio of their medians stands beside that of their best times.
 """
 
-import argparse
-import json
-from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
+from ffw_fast.benchmarks.command import add_json, bench_parser, write_record
 from ffw_fast.benchmarks.jobs import JOBS, TINY_JOBS, Layer, chosen_jobs, layers_of
 from ffw_fast.benchmarks.machine import describe, take_turns
 from ffw_fast.benchmarks.operators import check_same, forward_or_both, layer_tensors
@@ -69,10 +67,10 @@ def table(rows: list[dict[str, Any]]) -> Table:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="ffw-fast bench masked_layers", description=__doc__.split("\n")[0])
+    parser = bench_parser("masked_layers", __doc__)
     parser.add_argument("--only", nargs="*", default=[], help="names of workloads, or parts of them (default: all)")
     parser.add_argument("--seconds", type=float, default=SECONDS, help="for each layer (default: %(default)s)")
-    parser.add_argument("--json", type=Path, help="write the figures, with machine and versions, to this file")
+    add_json(parser)
     parser.add_argument("--tiny", action="store_true", help="a dry run on tiny shapes, whose times say nothing")
     options = parser.parse_args(arguments)
     torch.manual_seed(0)
@@ -82,8 +80,7 @@ def main(arguments: list[str] | None = None) -> None:
         for layer in layers_of(job)
     ]
     print_table(table(rows))
-    if options.json:
-        options.json.write_text(json.dumps({"machine": describe(), "rows": rows}, indent=2) + "\n")
+    write_record(options.json, {"machine": describe(), "rows": rows})
 
 
 if __name__ == "__main__":

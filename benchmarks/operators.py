@@ -14,7 +14,6 @@ are those of the products in the frequency domain; transforms count as free. Pea
 PyTorch's allocator at a time, beside its arguments.
 """
 
-import argparse
 import csv
 import json
 import os
@@ -29,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from ffw_fast.benchmarks.command import bench_parser
 from ffw_fast.benchmarks.jobs import JOBS, TINY_JOBS, Job, Layer, calls_of, feature_width, layers_of
 from rich.table import Table
 from torch import Tensor, nn
@@ -545,7 +545,7 @@ def measure(only: Sequence[str], chosen: Sequence[str], tiny: bool) -> list[dict
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="ffw-fast bench operators", description=__doc__.split("\n")[0])
+    parser = bench_parser("operators", __doc__)
     parser.add_argument("--only", nargs="*", default=[], metavar="WORD", help="cases whose name holds one of the words")
     parser.add_argument("--providers", nargs="*", default=PROVIDERS, choices=PROVIDERS, help="default: all")
     parser.add_argument("--csv", type=Path, help="write one line for each case and provider, with machine and versions")

@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from ffw_fast.benchmarks.command import add_json, bench_parser, write_record
 from ffw_fast.benchmarks.hosts import LINK, Hosts
 from ffw_fast.benchmarks.jobs import JOBS, TINY_JOBS, Job, chosen_jobs, feature_width, random_samples
 from ffw_fast.benchmarks.machine import describe, times
@@ -255,7 +256,7 @@ def record(
 
 
 def main(arguments: Sequence[str]) -> None:
-    parser = argparse.ArgumentParser(prog="ffw-fast bench processes", description=__doc__.split("\n\n")[0])
+    parser = bench_parser("processes", __doc__)
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2], help="how many (default: 1 2)")
     parser.add_argument("--cores", type=int, default=len(os.sched_getaffinity(0)), help="in use (default: all)")
     parser.add_argument("--job", help=f"a row of Table 8 (default: {JOB}; with --tiny: {TINY_JOB})")
@@ -267,7 +268,7 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--link", metavar="RATE", help="between two simulated hosts, as in tc: 1gbit")
     parser.add_argument("--shard", action="store_true", help="each process keeps the state of its own gates alone")
     parser.add_argument("--late", action="store_true", help="send the gradient after the backward pass, to compare")
-    parser.add_argument("--json", type=Path, help="write the figures, with machine and versions, to this file")
+    add_json(parser)
     parser.add_argument("--member", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.member:
@@ -286,8 +287,7 @@ def main(arguments: Sequence[str]) -> None:
     for count, members in results.items():
         if count > 1:
             print_table(sent_table(count, members, options))
-    if options.json:
-        options.json.write_text(json.dumps(record(machine, results, options), indent=2) + "\n")
+    write_record(options.json, record(machine, results, options))
 
 
 if __name__ == "__main__":

@@ -6,15 +6,13 @@ times are floors divided by assumed fractions, which stand in ``ASSUMPTIONS`` an
 of ``ffw-fast bench table8``: so many epochs of the gates, so many head epochs in each refit.
 """
 
-import argparse
-import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from math import prod
-from pathlib import Path
 from typing import Any
 
 from ffw_fast.benchmarks.a100 import BYTES_PER_SECOND, MATRIX_RATES, MULTIPROCESSORS, SINGLE_RATE
+from ffw_fast.benchmarks.command import add_json, bench_parser, write_record
 from ffw_fast.benchmarks.jobs import Job, Layer, all_layers, chosen_jobs
 from ffw_fast.benchmarks.table8 import ADAM_BYTES, EPOCHS, HEAD_EPOCHS
 from rich.table import Table
@@ -217,11 +215,11 @@ def record(rows: list[Projection]) -> dict[str, Any]:
 
 def main(arguments: list[str] | None = None) -> None:
     """Print both tables."""
-    parser = argparse.ArgumentParser(prog="ffw-fast bench roofline", description=(__doc__ or "").split("\n", 1)[0])
+    parser = bench_parser("roofline", __doc__)
     parser.add_argument("--only", nargs="*", default=[], help="names of workloads, or parts of them (default: all)")
     parser.add_argument("--precision", nargs="*", default=["tf32", "bf16"], choices=sorted(MATRIX_RATES))
     parser.add_argument("--kernels", action="store_true", help="also every kernel of a training step")
-    parser.add_argument("--json", type=Path, help="write the projections there too")
+    add_json(parser, "the projections")
     options = parser.parse_args(arguments)
     jobs = chosen_jobs(options.only)
     if options.kernels:
@@ -230,8 +228,7 @@ def main(arguments: list[str] | None = None) -> None:
     rows = [project(job, precision) for job in jobs for precision in options.precision]
     print_table(projection_table(rows))
     print("Assumed: " + "; ".join(ASSUMPTIONS) + ".")
-    if options.json:
-        options.json.write_text(json.dumps(record(rows), indent=2) + "\n")
+    write_record(options.json, record(rows))
 
 
 if __name__ == "__main__":

@@ -6,12 +6,12 @@ within a host over NVLink and a ring of hosts over the network, and a message co
 the processes. The minibatch stays as large as it is on one process, since the mutual information depends on its size.
 """
 
-import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from ffw_fast.benchmarks.a100 import BYTES_PER_SECOND, MATRIX_RATES
+from ffw_fast.benchmarks.command import bench_parser
 from rich.table import Table
 
 from ffw_fast.distributed import ShardedGroup
@@ -158,7 +158,7 @@ def memory_table(sizes: Sequence[int]) -> Table:
 
 
 def main(arguments: Sequence[str]) -> None:
-    parser = argparse.ArgumentParser(prog="ffw-fast bench scaling", description=__doc__.split("\n\n")[0])
+    parser = bench_parser("scaling", __doc__)
     parser.add_argument("--batch", type=int, default=100, help="samples of a minibatch (default: 100)")
     parser.add_argument("--share", type=float, default=0.3, help="of the bf16 rate that passes reach (default: 0.3)")
     parser.add_argument("--latency", type=float, default=1e-5, help="seconds a message and doubling (default: 1e-5)")

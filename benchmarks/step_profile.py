@@ -6,13 +6,11 @@ The step is timed once more without the profiler: what is missing in the sum of 
 Python.
 """
 
-import argparse
-import json
 import os
-from pathlib import Path
 from typing import Any
 
 import torch
+from ffw_fast.benchmarks.command import add_json, bench_parser, write_record
 from ffw_fast.benchmarks.jobs import JOBS, Job, chosen_jobs, random_samples
 from ffw_fast.benchmarks.machine import describe, seconds
 from ffw_fast.benchmarks.table8 import new_loop
@@ -67,12 +65,12 @@ def profile_table(profiled: dict[str, Any]) -> Table:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="ffw-fast bench step_profile", description=(__doc__ or "").split("\n")[0])
+    parser = bench_parser("step_profile", __doc__)
     parser.add_argument("--only", nargs="*", default=[], metavar="NAME", help="parts of names (default: all)")
     parser.add_argument("--precision", nargs="+", choices=PRECISIONS, default=["fp32"], help="default: fp32")
     parser.add_argument("--device", default="cpu", help="default: cpu")
     parser.add_argument("--steps", type=int, default=20, help="that are profiled (default: 20)")
-    parser.add_argument("--json", type=Path, help="write all kernels, with machine and versions, to this file")
+    add_json(parser, "all kernels, with machine and versions,")
     options = parser.parse_args(arguments)
     if options.steps < 1:
         raise ValueError(f"steps must be at least 1, got {options.steps}")
@@ -81,8 +79,7 @@ def main(arguments: list[str] | None = None) -> None:
         for precision in options.precision:
             profiled.append(profile_step(job, precision, torch.device(options.device), options.steps))
             print_table(profile_table(profiled[-1]))
-    if options.json:
-        options.json.write_text(json.dumps({"machine": describe(), "steps": profiled}, indent=2) + "\n")
+    write_record(options.json, {"machine": describe(), "steps": profiled})
 
 
 if __name__ == "__main__":

@@ -10,15 +10,13 @@ schedule, whose length is counted in steps. ``--whole`` also runs extractions fr
 ``ffw_fast.benchmarks.whole``.
 """
 
-import argparse
-import json
 import time
 from dataclasses import asdict, dataclass
 from itertools import chain, count
-from pathlib import Path
 from typing import Any
 
 import torch
+from ffw_fast.benchmarks.command import add_json, bench_parser, write_record
 from ffw_fast.benchmarks.jobs import JOBS, TINY_JOBS, Job, chosen_jobs, feature_width, random_samples
 from ffw_fast.benchmarks.machine import Rates, has_fast_bf16, measure_rates, record, seconds
 from ffw_fast.benchmarks.whole import run_whole, whole_table
@@ -202,7 +200,7 @@ def schedules_table(rows: list[dict[str, Any]], precisions: tuple[str, ...]) -> 
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="ffw-fast bench table8", description=__doc__.split("\n")[0])
+    parser = bench_parser("table8", __doc__)
     parser.add_argument("--steps", type=int, default=6, help="minibatches that every part is measured on (default: 6)")
     parser.add_argument("--only", nargs="*", default=[], help="names of workloads, or parts of them (default: all)")
     parser.add_argument(
@@ -212,7 +210,7 @@ def main(arguments: list[str] | None = None) -> None:
         choices=["fp32", "bf16"],
         help="default: fp32, and bf16 where the processor has instructions for it",
     )
-    parser.add_argument("--json", type=Path, help="write the figures, with machine and versions, to this file")
+    add_json(parser)
     parser.add_argument(
         "--whole",
         action="store_true",
@@ -235,8 +233,7 @@ def main(arguments: list[str] | None = None) -> None:
     if options.whole:
         results["whole"] = run_whole()
         print_table(whole_table(results["whole"]))
-    if options.json:
-        options.json.write_text(json.dumps(results, indent=2) + "\n")
+    write_record(options.json, results)
 
 
 if __name__ == "__main__":

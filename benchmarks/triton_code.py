@@ -10,7 +10,6 @@ subroutines. Occupancy is reckoned from the architecture's limits. None of this 
 
 import argparse
 import functools
-import json
 import re
 import sys
 import tempfile
@@ -23,6 +22,7 @@ from typing import Any
 import torch
 import triton
 from ffw_fast.benchmarks import sass
+from ffw_fast.benchmarks.command import add_json, write_record
 from ffw_fast.benchmarks.sass import LIMITS, Limits
 from ffw_fast.kernels import tiles
 from ffw_fast.kernels.gate_weight import gate_weight, gate_weight_backward
@@ -404,15 +404,14 @@ def main(arguments: list[str] | None = None) -> int:
     """Print the table; 1 if a budget is not kept."""
     parser = argparse.ArgumentParser(prog="triton_code", description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("--arch", type=int, nargs="*", default=sorted(LIMITS), choices=sorted(LIMITS))
-    parser.add_argument("--json", type=Path, help="write the results there too")
+    add_json(parser, "the results")
     options = parser.parse_args(arguments)
     results = []
     for case in all_cases():
         for number in options.arch:
             results += check_case(case, number)
     Console(width=None if sys.stdout.isatty() else 220).print(table_of(results))
-    if options.json:
-        options.json.write_text(json.dumps([asdict(result) for result in results], indent=1))
+    write_record(options.json, [asdict(result) for result in results])
     return int(any(result.broken for result in results))
 
 
