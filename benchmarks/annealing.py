@@ -8,8 +8,8 @@ from statistics import median
 from typing import Any
 
 import torch
-from ffw_fast.benchmarks.command import add_json, bench_parser, write_record
-from ffw_fast.benchmarks.jobs import JOBS, TINY_JOBS, Job, chosen_jobs
+from ffw_fast.benchmarks.command import add_job, add_json, bench_parser, write_record
+from ffw_fast.benchmarks.jobs import Job, one_job
 from ffw_fast.benchmarks.machine import describe, take_turns
 from rich.table import Table
 
@@ -19,7 +19,6 @@ from ffw_fast.modules import maskable_layers
 from ffw_fast.optim import GatedAdam
 from ffw_fast.tables import print_table
 
-JOB, TINY_JOB = "Corrupted CIFAR-10", "Tiny convolutions"
 KINDS = [kind for kind in GateKind if kind is not GateKind.HARD]  # whose forward has no T
 ANNEAL_RATE = 1e-12  # so slow that all turns are at the same T
 SECONDS = 3.0  # that both sides of a kind are measured for
@@ -67,13 +66,11 @@ def table(job: Job, rows: list[dict[str, Any]]) -> Table:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = bench_parser("annealing", __doc__)
-    parser.add_argument("--job", help=f"a row of Table 8 (default: {JOB}; with --tiny: {TINY_JOB})")
+    add_job(parser)
     parser.add_argument("--seconds", type=float, default=SECONDS, help="for each kind of gate (default: %(default)s)")
     add_json(parser)
-    parser.add_argument("--tiny", action="store_true", help="a dry run on a tiny network, whose times say nothing")
     options = parser.parse_args(arguments)
-    jobs, default = (TINY_JOBS, TINY_JOB) if options.tiny else (JOBS, JOB)
-    job = chosen_jobs([options.job or default], jobs)[0]
+    job = one_job(options.job, options.tiny)
     rows = [measure(job, kind, options.seconds) for kind in KINDS]
     print_table(table(job, rows))
     write_record(options.json, {"machine": describe(), "job": job.name, "rows": rows})

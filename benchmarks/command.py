@@ -4,9 +4,9 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from ffw_fast.files import write_json
+from ffw_fast.benchmarks.jobs import JOB, TINY_JOB
 
-FIGURES = "the figures, with machine and versions,"
+from ffw_fast.files import write_json
 
 
 def bench_parser(name: str, doc: str | None) -> argparse.ArgumentParser:
@@ -14,8 +14,14 @@ def bench_parser(name: str, doc: str | None) -> argparse.ArgumentParser:
     return argparse.ArgumentParser(prog=f"ffw-fast bench {name}", description=(doc or "").partition("\n")[0])
 
 
-def add_json(parser: argparse.ArgumentParser, what: str = FIGURES) -> None:
+def add_json(parser: argparse.ArgumentParser, what: str = "the figures, with machine and versions,") -> None:
     parser.add_argument("--json", type=Path, help=f"write {what} to this file")
+
+
+def add_job(parser: argparse.ArgumentParser) -> None:
+    """``--job`` and ``--tiny``, which ``jobs.one_job`` takes."""
+    parser.add_argument("--job", help=f"a row of Table 8 (default: {JOB}; with --tiny: {TINY_JOB})")
+    parser.add_argument("--tiny", action="store_true", help="a dry run on a tiny network, whose times say nothing")
 
 
 def write_record(path: Path | None, content: Any) -> None:

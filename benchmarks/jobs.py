@@ -75,6 +75,15 @@ def chosen_jobs(parts: list[str], jobs: Sequence[Job] = JOBS) -> list[Job]:
     return chosen
 
 
+JOB, TINY_JOB = "Corrupted CIFAR-10", "Tiny convolutions"  # of a benchmark that takes one
+
+
+def one_job(part: str | None, tiny: bool) -> Job:
+    """The first job whose name holds the part; where none is named, ``JOB`` or ``TINY_JOB``."""
+    jobs, default = (TINY_JOBS, TINY_JOB) if tiny else (JOBS, JOB)
+    return chosen_jobs([part or default], jobs)[0]
+
+
 def random_samples(job: Job, count: int) -> Samples:
     """As many samples as asked for, of the job's shapes."""
     source = torch.Generator().manual_seed(0)

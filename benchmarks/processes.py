@@ -22,9 +22,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from ffw_fast.benchmarks.command import add_json, bench_parser, write_record
+from ffw_fast.benchmarks.command import add_job, add_json, bench_parser, write_record
 from ffw_fast.benchmarks.hosts import LINK, Hosts
-from ffw_fast.benchmarks.jobs import JOBS, TINY_JOBS, Job, chosen_jobs, feature_width, random_samples
+from ffw_fast.benchmarks.jobs import Job, feature_width, one_job, random_samples
 from ffw_fast.benchmarks.machine import describe, times
 from ffw_fast.benchmarks.scaling import FEATURES, GATED, GRADIENT, JOINT, Network, bytes_sent, messages
 from rich.table import Table
@@ -42,7 +42,6 @@ PASS, REFIT, EPOCH = "features of the set", "refit of the heads", "an epoch of t
 MESSAGES = (f"  {JOINT}", f"  {GRADIENT}", f"  {FEATURES}")
 PARTS = (STEP, NETWORK, *MESSAGES, HEADS, GATES, f"  {GATED}", PASS, REFIT, EPOCH)
 MODULE = (sys.executable, "-m", "ffw_fast.benchmarks.processes")
-JOB, TINY_JOB = "Corrupted CIFAR-10", "Tiny convolutions"
 OPTIONS = ("job", "tiny", "batch", "steps", "repeats", "rounds", "cores", "link", "shard", "late")  # of a record
 PATIENCE = timedelta(minutes=30)  # with a process that others keep from its core
 
@@ -150,8 +149,7 @@ def _loop(options: argparse.Namespace, group: Alone) -> Loop:
 
 
 def _job(options: argparse.Namespace) -> Job:
-    jobs, default = (TINY_JOBS, TINY_JOB) if options.tiny else (JOBS, JOB)
-    return chosen_jobs([options.job or default], jobs)[0]
+    return one_job(options.job, options.tiny)
 
 
 def _carried() -> int:
@@ -259,8 +257,7 @@ def main(arguments: Sequence[str]) -> None:
     parser = bench_parser("processes", __doc__)
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2], help="how many (default: 1 2)")
     parser.add_argument("--cores", type=int, default=len(os.sched_getaffinity(0)), help="in use (default: all)")
-    parser.add_argument("--job", help=f"a row of Table 8 (default: {JOB}; with --tiny: {TINY_JOB})")
-    parser.add_argument("--tiny", action="store_true", help="tiny jobs, for a dry run")
+    add_job(parser)
     parser.add_argument("--batch", type=int, default=100, help="samples of a minibatch (default: 100)")
     parser.add_argument("--steps", type=int, default=10, help="of one epoch over the random set (default: 10)")
     parser.add_argument("--repeats", type=int, default=3, help="of what is done once an epoch (default: 3)")
