@@ -383,17 +383,14 @@ def masked_conv2d(
     out = torch.empty(shape.out, dtype=x.dtype, device=x.device, memory_format=memory_format)
     if out.numel():
         rows, columns = shape.out[0] * shape.out[2] * shape.out[3], shape.group_outs
-
-        def launch(tile: Tile) -> None:
-            conv2d_kernel[(_tiles(rows, columns, tile), groups)](
+        tile = tile or choose_tile("conv", x, precision, rows, columns)
+        with torch.cuda.device_of(x):
+            conv2d_kernel[(tile.count(rows, columns), groups)](
                 x, weight, scores, temperature, draw, bias, out, *shape.sizes(), **shape.constants(),
                 KIND=int(kind), HAS_BIAS=bias is not None, RELU=relu, CHANNELS_INNER=channels_inner,
                 PRECISION=triton_precision(x.dtype, precision), WIDE=is_wide(x, weight, out),
                 **tile.launch_options(),
             )  # fmt: skip
-
-        with torch.cuda.device_of(x):
-            launch(tile or choose_tile("conv", x, precision, rows, columns, launch, ("conv", shape, channels_inner)))
     return out
 
 
@@ -434,18 +431,14 @@ def masked_conv2d_input_grad(
     phases = [step if gap == 1 else 1 for step, gap in zip(shape.stride, shape.dilation, strict=True)]
     rows = shape.x[0] * triton.cdiv(shape.x[2], phases[0]) * triton.cdiv(shape.x[3], phases[1])
     columns = shape.weight[1]
-
-    def launch(tile: Tile) -> None:
-        conv2d_input_grad_kernel[(_tiles(rows, columns, tile), groups, phases[0] * phases[1])](
+    tile = tile or choose_tile("conv", grad, precision, rows, columns)
+    with torch.cuda.device_of(grad):
+        conv2d_input_grad_kernel[(tile.count(rows, columns), groups, phases[0] * phases[1])](
             grad, output, weight, scores, temperature, draw, out, *shape.sizes(), **shape.constants(),
             PHASES_H=phases[0], PHASES_W=phases[1], KIND=int(kind), RELU=output is not None,
             CHANNELS_INNER=channels_inner, PRECISION=triton_precision(grad.dtype, precision),
             WIDE=is_wide(grad, weight, out), **tile.launch_options(),
         )  # fmt: skip
-
-    with torch.cuda.device_of(grad):
-        key = ("conv input", shape, channels_inner)
-        launch(tile or choose_tile("conv", grad, precision, rows, columns, launch, key))
     return out
 
 
@@ -486,11 +479,11 @@ def masked_conv2d_score_grad(
     if not out.numel():
         return out
     pixels = shape.out[0] * shape.out[2] * shape.out[3]
-
-    def launch(tile: Tile) -> None:
-        tiles = _tiles(shape.group_outs, shape.fan_in, tile)
-        parts = splits or choose_splits(x, tiles * groups, pixels, tile.depth)
-        partials = out.new_empty(parts, out.numel(), dtype=torch.float32) if parts > 1 else None
+    tile = tile or choose_tile("conv", x, precision, shape.group_outs, shape.fan_in)
+    tiles = tile.count(shape.group_outs, shape.fan_in)
+    parts = splits or choose_splits(x, tiles * groups, pixels, tile.depth)
+    partials = out.new_empty(parts, out.numel(), dtype=torch.float32) if parts > 1 else None
+    with torch.cuda.device_of(x):
         conv2d_score_grad_kernel[(tiles, groups, parts)](
             grad, output, x, weight, scores, temperature, draw, out, partials, *shape.sizes(),
             tile.depth * triton.cdiv(triton.cdiv(pixels, tile.depth), parts), **shape.constants(),
@@ -500,10 +493,6 @@ def masked_conv2d_score_grad(
         )  # fmt: skip
         if partials is not None:
             add_splits(partials, weight, scores, temperature, draw, out, kind, channels_inner)
-
-    with torch.cuda.device_of(x):
-        key = ("conv scores", shape, channels_inner)
-        launch(tile or choose_tile("conv", x, precision, shape.group_outs, shape.fan_in, launch, key))
     return out
 
 
@@ -515,7 +504,3 @@ def _format(tensor: Tensor) -> tuple[torch.memory_format, bool]:
 
 def _pair(value: int | tuple[int, int]) -> tuple[int, int]:
     return (value, value) if isinstance(value, int) else (int(value[0]), int(value[1]))
-
-
-def _tiles(rows: int, columns: int, tile: Tile) -> int:
-    return triton.cdiv(rows, tile.rows) * triton.cdiv(columns, tile.columns)

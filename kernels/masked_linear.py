@@ -148,17 +148,14 @@ def masked_linear(
     if out.numel():
         weight, scores, draw = weight.contiguous(), scores.contiguous(), draw.contiguous()
         bias = None if bias is None else bias.contiguous()
-        wide = is_wide(rows, weight, out)
-
-        def launch(tile: Tile) -> None:
-            linear_kernel[(_tiles(len(rows), outs, tile),)](
+        tile = tile or choose_tile("linear", x, precision, len(rows), outs)
+        with torch.cuda.device_of(x):
+            linear_kernel[(tile.count(len(rows), outs),)](
                 rows, weight, scores, temperature, draw, bias, out, len(rows), outs, ins, rows.stride(0),
                 KIND=int(kind), HAS_BIAS=bias is not None, RELU=relu,
-                PRECISION=triton_precision(x.dtype, precision), WIDE=wide, **tile.launch_options(),
+                PRECISION=triton_precision(x.dtype, precision), WIDE=is_wide(rows, weight, out),
+                **tile.launch_options(),
             )  # fmt: skip
-
-        with torch.cuda.device_of(x):
-            launch(tile or choose_tile("linear", x, precision, len(rows), outs, launch, ("linear", *out.shape, ins)))
     return out.view(*x.shape[:-1], outs)
 
 
@@ -189,18 +186,13 @@ def masked_linear_input_grad(
     out = grad.new_empty(len(rows), ins)
     if out.numel():
         weight, scores, draw = weight.contiguous(), scores.contiguous(), draw.contiguous()
-        wide = is_wide(rows, weight, out)
-
-        def launch(tile: Tile) -> None:
-            linear_input_grad_kernel[(_tiles(len(rows), ins, tile),)](
-                rows, output, weight, scores, temperature, draw, out, len(rows), outs, ins, KIND=int(kind),
-                RELU=output is not None, PRECISION=triton_precision(grad.dtype, precision), WIDE=wide,
-                **tile.launch_options(),
-            )  # fmt: skip
-
+        tile = tile or choose_tile("linear", grad, precision, len(rows), ins)
         with torch.cuda.device_of(grad):
-            key = ("linear input", *out.shape, outs)
-            launch(tile or choose_tile("linear", grad, precision, len(rows), ins, launch, key))
+            linear_input_grad_kernel[(tile.count(len(rows), ins),)](
+                rows, output, weight, scores, temperature, draw, out, len(rows), outs, ins, KIND=int(kind),
+                RELU=output is not None, PRECISION=triton_precision(grad.dtype, precision),
+                WIDE=is_wide(rows, weight, out), **tile.launch_options(),
+            )  # fmt: skip
     return out.view(*grad.shape[:-1], ins)
 
 
@@ -237,11 +229,11 @@ def masked_linear_score_grad(
     if not out.numel():
         return out
     weight, scores, draw = weight.contiguous(), scores.contiguous(), draw.contiguous()
-
-    def launch(tile: Tile) -> None:
-        tiles = _tiles(outs, ins, tile)
-        parts = splits or choose_splits(x, tiles, len(rows), tile.depth)
-        partials = out.new_empty(parts, out.numel(), dtype=torch.float32) if parts > 1 else None
+    tile = tile or choose_tile("linear", x, precision, outs, ins)
+    tiles = tile.count(outs, ins)
+    parts = splits or choose_splits(x, tiles, len(rows), tile.depth)
+    partials = out.new_empty(parts, out.numel(), dtype=torch.float32) if parts > 1 else None
+    with torch.cuda.device_of(x):
         linear_score_grad_kernel[(tiles, parts)](
             grad_rows, output, rows, weight, scores, temperature, draw, out, partials, len(rows), outs, ins,
             rows.stride(0), tile.depth * triton.cdiv(triton.cdiv(len(rows), tile.depth), parts),
@@ -251,9 +243,6 @@ def masked_linear_score_grad(
         )  # fmt: skip
         if partials is not None:
             add_splits(partials, weight, scores, temperature, draw, out, kind)
-
-    with torch.cuda.device_of(x):
-        launch(tile or choose_tile("linear", x, precision, outs, ins, launch, ("linear scores", *rows.shape, outs)))
     return out
 
 
@@ -261,7 +250,3 @@ def _rows(x: Tensor) -> Tensor:
     """x as a matrix whose rows are contiguous."""
     rows = x.reshape(-1, x.shape[-1])
     return rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()
-
-
-def _tiles(rows: int, columns: int, tile: Tile) -> int:
-    return triton.cdiv(rows, tile.rows) * triton.cdiv(columns, tile.columns)

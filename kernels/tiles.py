@@ -1,16 +1,13 @@
 """Tile shapes: one short table per architecture, and the rules that pick from it.
 
 The shapes are reasoned, not measured: they leave at least two blocks on an A100's multiprocessor (64 K
-registers and 164 KB of shared memory) and keep the tensor cores' operands in few shared-memory passes. With
-the environment variable FFW_FAST_AUTOTUNE=1 every launcher times the table's candidates on the first call of
-each shape instead.
+registers and 164 KB of shared memory) and keep the tensor cores' operands in few shared-memory passes.
 """
 
 import functools
-import os
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import triton
@@ -30,6 +27,10 @@ class Tile:
     depth: int
     warps: int
     stages: int
+
+    def count(self, rows: int, columns: int) -> int:
+        """How many of them cover an output of ``rows`` by ``columns``."""
+        return triton.cdiv(rows, self.rows) * triton.cdiv(columns, self.columns)
 
     def launch_options(self) -> dict:
         """The keyword arguments of a launch that stand for this tile."""
@@ -111,43 +112,20 @@ def operand_class(operation: str, dtype: torch.dtype, precision: str) -> str:
     return f"{operation} {precision if dtype == torch.float32 else 'half'}"
 
 
-def choose_tile(
-    operation: str,
-    tensor: Tensor,
-    precision: str,
-    rows: int,
-    columns: int,
-    launch: Callable[[Tile], None],
-    key: Hashable,
-) -> Tile:
+def choose_tile(operation: str, tensor: Tensor, precision: str, rows: int, columns: int) -> Tile:
     """The tile for an output of ``rows`` by ``columns``: the largest that leaves no multiprocessor idle.
 
     Args:
         operation: "linear" or "conv".
         tensor: an operand; its device and dtype choose the row of the table.
         precision: of float32 operands, "tf32" or "ieee".
-        launch: runs the kernel with a given tile; called by autotuning only.
-        key: what autotuned choices are remembered by, beside device and dtype.
     """
     architecture = architecture_of(tensor)
     candidates = architecture.tiles[operand_class(operation, tensor.dtype, precision)]
-    if tensor.is_cuda and os.environ.get("FFW_FAST_AUTOTUNE") == "1":
-        return _autotuned(candidates, launch, (tensor.device, tensor.dtype, precision, operation, key))
     for tile in candidates:
-        if triton.cdiv(rows, tile.rows) * triton.cdiv(columns, tile.columns) >= architecture.multiprocessors:
+        if tile.count(rows, columns) >= architecture.multiprocessors:
             return tile
     return candidates[-1]
-
-
-_tuned: dict[Hashable, Tile] = {}
-
-
-def _autotuned(candidates: tuple[Tile, ...], launch: Callable[[Tile], None], key: Hashable) -> Tile:
-    if key not in _tuned:
-        variants = [replace(tile, stages=stages) for tile in candidates for stages in {2, tile.stages}]
-        times = {tile: triton.testing.do_bench(lambda tile=tile: launch(tile)) for tile in variants}
-        _tuned[key] = min(times, key=times.__getitem__)
-    return _tuned[key]
 
 
 def choose_splits(tensor: Tensor, tiles: int, depth: int, step: int) -> int:

@@ -1,18 +1,17 @@
-"""The rules that pick tiles, and autotuning, with a clock that is made up."""
+"""The rules that pick tiles."""
 
 import pytest
 import torch
 
 pytest.importorskip("triton", reason="the Triton kernels need the package triton")
 
-import triton
 from ffw_fast.kernels import tiles
 
 HALF = torch.zeros(1, dtype=torch.bfloat16)
 
 
 def choose(rows, columns, tensor=HALF, precision="ieee", operation="linear"):
-    return tiles.choose_tile(operation, tensor, precision, rows, columns, lambda tile: None, "key")
+    return tiles.choose_tile(operation, tensor, precision, rows, columns)
 
 
 def test_large_outputs_get_the_large_tile():
@@ -44,21 +43,3 @@ def test_splits(tiles_there, depth, expected):
 def test_splits_are_bounded_and_long_enough():
     assert tiles.choose_splits(HALF, 1, 10**9, 16) == 64
     assert tiles.choose_splits(HALF, 1, 16 * 8 * 5, 16) == 5
-
-
-def test_autotuning_times_the_candidates_once_for_each_key(monkeypatch):
-    timed = []
-
-    def bench(run):
-        run()
-        return {64: 1.0, 128: 2.0}[timed[-1].rows]
-
-    monkeypatch.setattr(triton.testing, "do_bench", bench)
-    monkeypatch.setattr(tiles, "_tuned", {})
-    candidates = tiles.ARCHITECTURES[80].tiles["linear half"]
-    for _ in range(2):
-        assert tiles._autotuned(candidates, timed.append, "key").rows == 64
-    count = len(timed)
-    tiles._autotuned(candidates, timed.append, "other key")
-    assert len(timed) == 2 * count
-    assert set(candidates) <= set(timed)
