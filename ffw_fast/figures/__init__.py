@@ -72,11 +72,12 @@ def make_figure(name: str, paths: Sequence[str | os.PathLike[str]], out: str | o
     if name not in FIGURES:
         raise ValueError(f"unknown figure {name!r}; known figures: {', '.join(FIGURES)}")
     module = figure_module(name)
-    from ffw_fast.figures.style import save
+    from ffw_fast.figures.style import in_style, save
 
     rows = module.numbers([Path(path) for path in paths])
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
     table = folder / f"{name}.csv"
     write_rows(table, rows)
-    return [*save(module.draw(rows), folder, name), table]
+    with in_style():
+        return [*save(module.draw(rows), folder, name), table]

@@ -37,7 +37,7 @@ def draw(rows: Rows) -> Figure:
         for index, (gamma, own) in enumerate(sorted(groups(rows, "gamma").items())):
             draw_spread(axes, own, "anneal_rate", column, series_color(index), f"gamma {gamma:g}")
         axes.set(xscale="log", xlabel="anneal_rate")
-        axes.set_title(title, loc="left", fontsize=9)
+        axes.set_title(title)
         axes.set_xticks(rates, [f"{rate:g}" for rate in rates], fontsize=8)
         axes.minorticks_off()
     for axes in panels[:2]:

@@ -7,7 +7,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from ffw_fast.figures.rows import Rows, groups
-from ffw_fast.figures.style import color, new_axes, new_figure
+from ffw_fast.figures.style import color, legend_below, new_axes, new_figure
 from ffw_fast.files import read_json
 
 LINES = {  # column: (what it is, colour)
@@ -49,9 +49,8 @@ def draw(rows: Rows) -> Figure:
     by_schedule = groups([row for row in rows if "epoch" in row], "schedule")
     for axes, (name, own) in zip(panels, by_schedule.items(), strict=False):
         _draw_course(axes, name, own)
-    handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower left", ncols=4, frameon=False, fontsize=8.5)
     _draw_gates(panels[-1], groups([row for row in rows if "gate" in row], "when"))
+    legend_below(figure, panels[0], columns=4)
     return figure
 
 
@@ -60,7 +59,7 @@ def _draw_course(axes: Axes, schedule: str, rows: Rows) -> None:
     for column, (label, hue) in LINES.items():
         axes.plot(epochs, [row[column] for row in rows], color=color(hue), linewidth=1.3, label=label)
     axes.set(ylim=(0, 1.02), xlabel="epoch")
-    axes.set_title(f"{schedule}: validation accuracy", loc="left", fontsize=9)
+    axes.set_title(f"{schedule}: validation accuracy")
     for before, after in itertools.pairwise(rows):
         if schedule == "published" and after["temperature"] < before["temperature"]:
             axes.axvline(after["epoch"], color=color("muted"), linewidth=0.6, linestyle=(0, (2, 3)), zorder=0)
@@ -71,5 +70,5 @@ def _draw_gates(axes: Axes, by_time: dict[str, Rows]) -> None:
         places, shares = [row["gate"] for row in own], [row["share"] for row in own]
         axes.step(places, shares, where="mid", color=color(WHEN[when]), label=f"{when} the first cut")
     axes.set(xlabel="gate", xlim=(0, 1), yscale="log")  # nearly all gates are open
-    axes.set_title("published: share of gates", loc="left", fontsize=9)
-    axes.legend(loc="upper left", frameon=False, fontsize=8.5, labelcolor=color("ink"))
+    axes.set_title("published: share of gates")
+    axes.legend(loc="upper left")

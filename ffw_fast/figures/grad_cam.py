@@ -83,9 +83,10 @@ def draw(rows: Rows) -> Figure:
                 heat = _grid(grids[sample, network]).astype(float)
                 axes.imshow(heat, cmap=HEAT, vmin=0, vmax=1, extent=extent, interpolation="bilinear")
                 right = row["prediction"] == row["target"]
-                axes.set_title(f"says {row['prediction']}", color=color("best" if right else "warm"), fontsize=8.5)
+                hue = color("best" if right else "warm")
+                axes.set_title(f"says {row['prediction']}", loc="center", color=hue, fontsize=8.5)
             else:
-                axes.set_title(f"{row['target']}", color=color("ink"), fontsize=8.5)
+                axes.set_title(f"{row['target']}", loc="center", fontsize=8.5)
             axes.set_xticks([])
             axes.set_yticks([])
             axes.grid(False)

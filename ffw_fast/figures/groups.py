@@ -5,7 +5,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from ffw_fast.figures.rows import Rows, groups
-from ffw_fast.figures.style import color, legend, new_axes, new_figure, verbatim
+from ffw_fast.figures.style import color, draw_dots, legend, new_axes, new_figure, verbatim
 from ffw_fast.runs.reading import RunFolder, open_run
 
 
@@ -48,9 +48,7 @@ def draw(rows: Rows) -> Figure:
     (axes,) = new_axes(figure)
     for network, own in groups(rows, "network").items():
         places = [list(by_group).index(row["group"]) for row in own]
-        size, fill = (7, "none") if network == "best" else (6, color(network))
-        values = [row["accuracy"] for row in own]
-        axes.plot(values, places, "o", color=color(network), mfc=fill, mew=1.5, markersize=size, label=network)
+        draw_dots(axes, [row["accuracy"] for row in own], places, network)
     for place, own in enumerate(by_group.values()):
         values = [row["accuracy"] for row in own]
         axes.plot([min(values), max(values)], [place, place], color=color("grid"), linewidth=3, zorder=0)

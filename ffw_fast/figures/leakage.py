@@ -5,7 +5,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from ffw_fast.figures.rows import Rows
-from ffw_fast.figures.style import color, legend, new_axes, new_figure, verbatim
+from ffw_fast.figures.style import color, draw_dots, legend, new_axes, new_figure, verbatim
 from ffw_fast.runs.reading import RunFolder, open_run
 
 
@@ -43,8 +43,7 @@ def draw(rows: Rows) -> Figure:
             own = [row for row in rows if row["network"] == network]
             places = [biases.index(row["bias"]) for row in own]
             values = [row[column] for row in own]
-            size, fill = (7, "none") if network == "best" else (6, color(network))
-            axes.plot(values, places, "o", color=color(network), mfc=fill, mew=1.5, markersize=size, label=network)
+            draw_dots(axes, values, places, network)
             ticks = [(row[floor], place) for row, place in zip(own, places, strict=True) if row[floor] is not None]
             if ticks:
                 axes.plot(*zip(*ticks, strict=True), "|", color=color("muted"), markersize=15, markeredgewidth=1)

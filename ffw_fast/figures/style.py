@@ -2,6 +2,8 @@
 
 import io
 import re
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -27,21 +29,35 @@ COLORS = {
     "gold": ("#a67c1a", "#d9b356"),
 }
 CYCLE = ("pruned", "warm", "best", "plum", "gold", "vanilla")
+
+
+def color(name: str) -> str:
+    """The colour on light; what is drawn with it follows light and dark in a page."""
+    return COLORS[name][0]
+
+
 LOOK: dict[Any, Any] = {
     "font.size": 9,
     "font.family": "sans-serif",
+    "text.color": color("ink"),
     "axes.titlesize": 9,
     "axes.titlelocation": "left",
-    "axes.titleweight": "medium",
+    "axes.titlecolor": color("ink"),
+    "axes.labelcolor": color("muted"),
+    "axes.facecolor": "none",
+    "axes.edgecolor": color("grid"),
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.linewidth": 0.6,
     "axes.axisbelow": True,
     "axes.grid": True,
+    "grid.color": color("grid"),
     "grid.linewidth": 0.6,
     "lines.linewidth": 1.6,
     "lines.markersize": 4.5,
     "lines.solid_capstyle": "round",
+    "xtick.color": color("muted"),
+    "ytick.color": color("muted"),
     "xtick.major.size": 0,
     "ytick.major.size": 0,
     "xtick.minor.size": 0,
@@ -53,9 +69,9 @@ LOOK: dict[Any, Any] = {
 }
 
 
-def color(name: str) -> str:
-    """The colour on light; what is drawn with it follows light and dark in a page."""
-    return COLORS[name][0]
+def in_style() -> AbstractContextManager[None]:
+    """Within it, what is drawn and saved looks as ``LOOK`` says: Matplotlib reads it whenever a part is made."""
+    return mpl.rc_context(LOOK)
 
 
 def verbatim(name: str) -> str:
@@ -68,43 +84,30 @@ def series_color(index: int) -> str:
 
 
 def new_figure(height: float, width: float = WIDTH) -> Figure:
-    """An empty figure in our style, in inches. It is bound to no window."""
-    with mpl.rc_context(LOOK):
-        layout = ConstrainedLayoutEngine(w_pad=0.03, h_pad=0.03, hspace=0.06, wspace=0.06)
-        return Figure(figsize=(width, height), layout=layout)
+    """An empty figure, in inches. It is bound to no window."""
+    layout = ConstrainedLayoutEngine(w_pad=0.03, h_pad=0.03, hspace=0.06, wspace=0.06)
+    return Figure(figsize=(width, height), layout=layout)
 
 
 def new_axes(figure: Figure, rows: int = 1, columns: int = 1, **options: Any) -> list[Axes]:
     """The figure's axes in reading order; ``options`` are those of ``Figure.subplots``."""
-    look = LOOK | {
-        "axes.edgecolor": color("grid"),
-        "axes.labelcolor": color("muted"),
-        "axes.titlecolor": color("ink"),
-        "text.color": color("ink"),
-        "xtick.color": color("muted"),
-        "ytick.color": color("muted"),
-        "grid.color": color("grid"),
-        "axes.facecolor": "none",
-    }
-    with mpl.rc_context(look):
-        return list(figure.subplots(rows, columns, squeeze=False, **options).flat)
+    return list(figure.subplots(rows, columns, squeeze=False, **options).flat)
 
 
 def legend(axes: Axes, columns: int = 3) -> None:
     """Above the axes, where it hides nothing."""
-    axes.legend(
-        loc="lower left", bbox_to_anchor=(-0.02, 1.0), ncols=columns, labelcolor=color("ink"),
-        frameon=False, handlelength=1.4, fontsize=8.5, columnspacing=1.2, borderaxespad=0.2,
-    )  # fmt: skip
+    axes.legend(loc="lower left", bbox_to_anchor=(-0.02, 1.0), ncols=columns, columnspacing=1.2, borderaxespad=0.2)
 
 
 def legend_below(figure: Figure, axes: Axes, columns: int) -> None:
     """One for all panels, of what is drawn in one of them."""
-    handles, labels = axes.get_legend_handles_labels()
-    figure.legend(
-        handles, labels, loc="outside lower left", ncols=columns, labelcolor=color("ink"),
-        frameon=False, handlelength=1.4, fontsize=8.5,
-    )  # fmt: skip
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower left", ncols=columns)
+
+
+def draw_dots(axes: Axes, x: Sequence[float], y: Sequence[float], network: str) -> None:
+    """What was measured of a network; the best one's dots are rings, so that the pruned one's show where it is both."""
+    size, fill = (7, "none") if network == "best" else (6, color(network))
+    axes.plot(x, y, "o", color=color(network), mfc=fill, mew=1.5, markersize=size, label=network)
 
 
 def label_line(axes: Axes, y: float, text: str, above: bool = True) -> None:
@@ -119,15 +122,15 @@ def label_line(axes: Axes, y: float, text: str, above: bool = True) -> None:
 def save(figure: Figure, folder: Path, name: str) -> list[Path]:
     """Write ``NAME.png`` and ``NAME.svg`` on white; their paths."""
     png, svg = folder / f"{name}.png", folder / f"{name}.svg"
-    with mpl.rc_context(LOOK):
-        figure.savefig(png, dpi=DPI, facecolor="white")
+    figure.savefig(png, dpi=DPI, facecolor="white")
     svg.write_text(_svg(figure, facecolor="white"), encoding="utf-8")
     return [png, svg]
 
 
 def inline_svg(figure: Figure, name: str, description: str) -> str:
     """The figure as an ``<svg>`` for a page: text as text, colours as the page's variables ``--ink`` and so on."""
-    svg = _svg(figure, {"svg.fonttype": "none"}, transparent=True)
+    with mpl.rc_context({"svg.fonttype": "none"}):
+        svg = _svg(figure, transparent=True)
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     for known, (light, _dark) in COLORS.items():
@@ -140,11 +143,10 @@ def inline_svg(figure: Figure, name: str, description: str) -> str:
     return svg.replace("<svg", f'<svg role="img" aria-label="{_attribute(description)}" {pixels}', 1)
 
 
-def _svg(figure: Figure, look: dict[Any, Any] | None = None, **options: Any) -> str:
+def _svg(figure: Figure, **options: Any) -> str:
     """The figure as SVG, the same text for the same figure: Matplotlib names some parts by where they lie in memory."""
     buffer = io.StringIO()
-    with mpl.rc_context(LOOK | (look or {})):
-        figure.savefig(buffer, format="svg", dpi=DPI, metadata={"Date": None, "Creator": None}, **options)
+    figure.savefig(buffer, format="svg", dpi=DPI, metadata={"Date": None, "Creator": None}, **options)
     svg = buffer.getvalue()
     for index, name in enumerate(dict.fromkeys(re.findall(r'\bid="([a-z][0-9a-f]{10})"', svg))):
         svg = svg.replace(name, f"{name[0]}-{index}")

@@ -5,7 +5,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from ffw_fast.figures.rows import Rows, groups
-from ffw_fast.figures.style import color, legend, new_axes, new_figure
+from ffw_fast.figures.style import color, draw_dots, legend, new_axes, new_figure
 from ffw_fast.runs.reading import find_runs
 from ffw_fast.theory import normalized_bias_output_information
 
@@ -53,8 +53,7 @@ def draw(rows: Rows) -> Figure:
         if network == "theory":
             axes.plot(*points, color=color("muted"), linewidth=1.4, label="equation 15")
         else:
-            fill = "none" if network == "best" else color(network)
-            axes.plot(*points, "o", color=color(network), markerfacecolor=fill, markersize=6, mew=1.4, label=network)
+            draw_dots(axes, *points, network)
     axes.set(xlabel="biasedness", ylabel="I(bias; output) / log N", xlim=(-0.02, 1.02), ylim=(-0.02, 1.02))
     legend(axes, columns=4)
     return figure

@@ -53,7 +53,5 @@ def draw(rows: Rows) -> Figure:
         "chance", (chance, 0), xycoords=("data", "axes fraction"), xytext=(3, 4), textcoords="offset points",
         fontsize=8, color=color("muted"),
     )  # fmt: skip
-    figure.legend(
-        handles=names, loc="outside right upper", frameon=False, fontsize=8, handletextpad=0.4, labelcolor=color("ink")
-    )
+    figure.legend(handles=names, loc="outside right upper", fontsize=8, handletextpad=0.4)
     return figure

@@ -99,7 +99,7 @@ def _draw_distance(temperature: Axes, rows: Rows) -> None:
     axes = temperature.twinx()
     axes.plot([row["epoch"] for row in known], [row["half_open"] for row in known], color=color("best"), linewidth=1.2)
     axes.set_ylabel("half-open gates", color=color("best"), fontsize=8.5)
-    axes.tick_params(length=0, labelcolor=color("best"), labelsize=9)
+    axes.tick_params(labelcolor=color("best"))
     axes.set_ylim(0, None)
     axes.grid(False)
     for spine in axes.spines.values():

@@ -36,7 +36,7 @@ def draw(rows: Rows) -> Figure:
     for axes, (column, title) in zip(panels, titles.items(), strict=True):
         for index, (method, own) in enumerate(groups(rows, "method").items()):
             draw_spread(axes, own, "unbiased_digits", column, series_color(index), method)
-        axes.set_title(title, loc="left", fontsize=9)
+        axes.set_title(title)
         axes.set(ylim=(0, 1.02), xscale="log", xlabel="different digits in the unbiased set")
         axes.set_xticks(digits, [str(count) for count in digits])
         axes.minorticks_off()

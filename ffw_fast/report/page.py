@@ -10,7 +10,7 @@ from markupsafe import Markup
 
 from ffw_fast.figures import figure_module
 from ffw_fast.figures.rows import Rows
-from ffw_fast.figures.style import COLORS, inline_svg
+from ffw_fast.figures.style import COLORS, in_style, inline_svg
 from ffw_fast.progress import describe_time
 from ffw_fast.settings import Settings
 
@@ -34,7 +34,8 @@ class Picture:
 
 def picture(name: str, title: str, caption: str, rows: Rows, wide: bool = False) -> Picture:
     """The figure of that name, drawn from its rows."""
-    svg = Markup(inline_svg(figure_module(name).draw(rows), name, title))
+    with in_style():
+        svg = Markup(inline_svg(figure_module(name).draw(rows), name, title))
     return Picture(name, title, caption, svg, rows, wide)
 
 

