@@ -1,14 +1,13 @@
 """Faults of the usual kinds, planted one at a time: the tests of ``cases/`` must notice each."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
-CASES = Path(__file__).parent / "cases"
+from tests.kernels.interpreter import output, run_cases
+
+pytest.importorskip("triton", reason="the Triton kernels need the package triton")
+
 FAULTS = {  # test file, module, text, what stands there instead
     "mask one short at the ragged edge": (
         "test_gate.py", "gate_weight", "lane < count - start", "lane < count - start - 1",
@@ -59,16 +58,6 @@ FAULTS = {  # test file, module, text, what stands there instead
 @pytest.mark.slow
 @pytest.mark.parametrize("name", FAULTS)
 def test_fault_is_caught(name):
-    pytest.importorskip("triton", reason="the Triton kernels need the package triton")
     file, *fault = FAULTS[name]
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-m", "not slow"]
-    command += ["-p", "tests.kernels.plant", str(CASES / file)]
-    inherited = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST_")}
-    environment = inherited | {
-        "TRITON_INTERPRET": "1",
-        "OMP_NUM_THREADS": "1",
-        "FFW_FAST_PLANT": json.dumps(fault),
-    }
-    root = Path(__file__).parents[2]
-    result = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=root, check=False)
-    assert result.returncode == pytest.ExitCode.TESTS_FAILED, result.stdout[-3000:] + result.stderr[-3000:]
+    result = run_cases(file, "not slow", "-p", "tests.kernels.plant", FFW_FAST_PLANT=json.dumps(fault))
+    assert result.returncode == pytest.ExitCode.TESTS_FAILED, output(result)
