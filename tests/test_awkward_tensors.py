@@ -10,7 +10,7 @@ import torch
 
 from ffw_fast import ops, philox
 from ffw_fast.gates import GateKind
-from tests.test_ops import KINDS, adam_inputs, one
+from tests.operator_inputs import adam_inputs, one
 
 pytestmark = pytest.mark.usefixtures("poisoned", "compiled")
 STEP = torch.tensor([-3e38, -1.0, -1e-6, -1e-38, -1e-45, -0.0, 0.0, 1e-45, 1e-38, 1e-6, 1.0, 3e38])
@@ -30,7 +30,7 @@ def test_at_the_final_temperature_the_gate_is_the_step_and_its_gradient_is_finit
     assert (slope[STEP.abs() > 1e-7] == 0).all()
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", GateKind)
 @pytest.mark.parametrize("temperature", [1e-30, 1e-8, 1.0, 1e30])
 def test_no_gradient_of_a_finite_score_is_nan(kind, temperature):
     weight, draw = torch.full_like(STEP, 3.0), philox.make_draw(1, 2)

@@ -7,8 +7,6 @@ from ffw_fast.flat_gates import FlatGates
 from ffw_fast.gates import GateKind
 from ffw_fast.optim import GatedAdam
 
-KINDS = list(GateKind)
-
 
 def spread_scores(gates: FlatGates, seed=0) -> None:
     source = torch.Generator().manual_seed(seed)
@@ -45,7 +43,7 @@ def test_sparsity_counts_gates_and_no_padding():
     assert gates.sparsity(shift=0.2) == 0
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", GateKind)
 def test_pruned_weights_within_and_gated_ones_again_after(kind):
     gates = FlatGates({"a": torch.randn(40)}, kind, seed=1)
     spread_scores(gates)

@@ -14,8 +14,6 @@ from ffw_fast.modules import mask_model, masked_layers, set_temperature
 from ffw_fast.optim import GatedAdam
 from tests import tiny, toy
 
-KINDS = list(GateKind)
-
 
 def make(model, x, bottleneck, kind=GateKind.FFW, seed=3) -> GatedNetwork:
     return GatedNetwork(model, bottleneck, kind, seed, x[:8])

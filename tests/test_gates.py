@@ -18,7 +18,6 @@ from ffw_fast.gates import (
     sigmoid_slope,
 )
 
-KINDS = list(GateKind)
 TEMPERATURES = (1e-30, 1e-8, 0.03, 1.0, 50.0, 1e30)
 
 
@@ -37,7 +36,7 @@ def test_names():
         gate_kind("soft")
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", GateKind)
 @pytest.mark.parametrize("temperature", [0.03, 1.0, 50.0])
 def test_values_and_slopes_are_those_of_the_definition(kind, temperature):
     scores, uniform = scores_and_uniform()

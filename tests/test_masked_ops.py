@@ -10,7 +10,6 @@ from ffw_fast import ops, philox
 from ffw_fast.autograd import GatedConv2d, GatedLinear, GateWeight
 from ffw_fast.gates import GateKind
 
-KINDS = list(GateKind)
 LAST = torch.channels_last
 
 pytestmark = pytest.mark.usefixtures("poisoned")
@@ -41,7 +40,7 @@ def assert_same(ours, theirs, tolerance=1e-5):
 @given(
     shape=st.tuples(*[st.integers(1, 7)] * 2),
     batch=st.sampled_from([(), (1,), (5,), (2, 3)]),
-    kind=st.sampled_from(KINDS),
+    kind=st.sampled_from(GateKind),
     has_bias=st.booleans(),
     relu=st.booleans(),
 )
@@ -61,7 +60,7 @@ def test_linear(shape, batch, kind, has_bias, relu):
     channels=st.sampled_from([(1, 1, 1), (2, 3, 1), (4, 6, 2), (3, 3, 3)]),
     kernel=st.tuples(*[st.integers(1, 3)] * 2),
     geometry=st.tuples(*[st.tuples(st.integers(1, 2), st.integers(1, 2))] * 3),
-    kind=st.sampled_from(KINDS),
+    kind=st.sampled_from(GateKind),
     relu=st.booleans(),
     last=st.booleans(),
 )

@@ -17,12 +17,23 @@ from hypothesis import strategies as st
 
 from ffw_fast import ops, philox
 from ffw_fast.gates import GateKind, gate_movement
+from tests.operator_inputs import (
+    ADAM,
+    DTYPES,
+    HALF,
+    RULE,
+    SGD,
+    adam_inputs,
+    adam_results,
+    as_doubles,
+    fit,
+    gate_inputs,
+    head_inputs,
+    mi_inputs,
+    objective_inputs,
+    one,
+)
 
-KINDS = list(GateKind)
-HALF = (torch.bfloat16, torch.float16)
-DTYPES = [(dtype, dtype) for dtype in (torch.float64, torch.float32, *HALF)] + [
-    (dtype, torch.float32) for dtype in HALF
-]
 SIZES = (0, 1, 3, 7, 17, 64, 1000, 1025, 5003)
 TEMPERATURES = (1e-30, 1e-8, 0.03, 1.0, 50.0, 1e30)
 
@@ -53,18 +64,6 @@ def default_name(operator: str) -> str:
     return f"{operator[:-1]}_default_" if operator.endswith("_") else f"{operator}_default"
 
 
-def one(value: float) -> torch.Tensor:
-    return torch.tensor(value, dtype=torch.float32)
-
-
-def gate_inputs(shape, dtype=torch.float32, scores_dtype=None, temperature=1.0, seed=0):
-    """Gradient, weight, scores spread over the gate's interesting range, temperature and draw."""
-    source = torch.Generator().manual_seed(seed)
-    grad, weight, scores = (torch.randn(shape, generator=source, dtype=torch.float64) for _ in range(3))
-    scores = (scores * min(4 * temperature, 2.0)).to(scores_dtype or dtype)
-    return grad.to(dtype), weight.to(dtype), scores, one(temperature), philox.make_draw(11, 7)
-
-
 def largest_error(result, exact):
     """Largest error relative to the exact value; what is below 1e-30 counts as that much."""
     if exact.numel() == 0:
@@ -82,7 +81,7 @@ def assert_as_good_as_default(result, default, exact, slack=4.0):
 # gate_weight and gate_weight_backward --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", GateKind)
 @pytest.mark.parametrize(("dtype", "scores_dtype"), DTYPES)
 def test_gate_weight(kernels, kind, dtype, scores_dtype):
     for size, temperature in itertools.product(SIZES, (0.03, 1.0, 50.0)):
@@ -100,7 +99,7 @@ def test_gate_weight(kernels, kind, dtype, scores_dtype):
             assert torch.equal(result, default)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", GateKind)
 @pytest.mark.parametrize(("dtype", "scores_dtype"), DTYPES)
 def test_gate_weight_backward(kernels, kind, dtype, scores_dtype):
     for size, temperature in itertools.product(SIZES, (0.03, 1.0, 50.0)):
@@ -118,7 +117,7 @@ def test_gate_weight_backward(kernels, kind, dtype, scores_dtype):
             assert_as_good_as_default(result, default, exact, slack=200.0 if dtype == torch.float64 else 16.0)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", GateKind)
 @pytest.mark.parametrize("temperature", TEMPERATURES)
 def test_extreme_scores_and_temperatures(compiled, kind, temperature):
     numbers = [0.0, -0.0, 1e-45, -1e-45, 1e-38, -1e-38, 1e-8, -1e-8, 0.5, -0.5, 87.0, -87.0, -88.0, -104.0, 3e38, -3e38]
@@ -170,7 +169,7 @@ def strided_variants(tensor):
     }
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", GateKind)
 def test_strides(kernels, kind):
     grad, weight, scores, *rest = gate_inputs((6, 5, 4, 3))
     layouts = [strided_variants(tensor) for tensor in (grad, weight, scores)]
@@ -228,7 +227,7 @@ def test_gradient_of_another_shape_is_refused(compiled):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", GateKind)
 def test_more_than_two_gigabytes(compiled, kind):
     count, tail = 2**30 + 4099, 5000
     if os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") < 10 * 2**30:
@@ -245,27 +244,9 @@ def test_more_than_two_gigabytes(compiled, kind):
 
 # gated_adam_step_ ----------------------------------------------------------------------------------------------------
 
-ADAM = (0.9, 0.999, 1e-8, 1e-4)
-
-
-def adam_inputs(count, dtype=torch.float32, scores_dtype=None, seed=0):
-    grad, weight, scores, temperature, draw = gate_inputs((count,), dtype, scores_dtype, seed=seed)
-    source = torch.Generator().manual_seed(seed + 1)
-    exp_avg = torch.randn(count, generator=source).to(scores.dtype) * 0.1
-    exp_avg_sq = torch.rand(count, generator=source).to(scores.dtype)
-    changed = [torch.full_like(weight, math.nan), scores, exp_avg, exp_avg_sq, torch.tensor(2.5, dtype=torch.float64)]
-    draws = (draw, philox.make_draw(11, 8))
-    return changed, (weight, grad, temperature, one(0.7), one(3.0), one(1e-2), *draws, *ADAM)
-
-
-def adam_results(kernel, changed, rest, kind, measure):
-    changed = [tensor.clone() for tensor in changed]
-    kernel(*changed, *rest, int(kind), measure)
-    return changed
-
 
 @pytest.mark.parametrize("measure", [False, True])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", GateKind)
 @pytest.mark.parametrize(("dtype", "scores_dtype"), DTYPES)
 def test_gated_adam_step(compiled, kind, dtype, scores_dtype, measure):
     tolerance = {torch.float64: 1e-12, torch.float32: 1e-5}.get(scores_dtype, 3e-2)
@@ -352,12 +333,6 @@ def test_gated_adam_step_refuses_bad_arguments(compiled):
 # mutual_information --------------------------------------------------------------------------------------------------
 
 
-def mi_inputs(n, heads, classes, dtype=torch.float32):
-    source = torch.Generator().manual_seed(n + classes)
-    logits = 3 * torch.randn(n, heads, classes, generator=source, dtype=torch.float64)
-    return logits.to(dtype), torch.randint(0, classes, (n, heads), generator=source)
-
-
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, *HALF])
 @pytest.mark.parametrize(
     ("n", "heads", "classes"), [(1, 1, 2), (7, 1, 3), (100, 2, 10), (37, 3, 17), (5003, 1, 10), (9, 1, 300)]
@@ -417,22 +392,6 @@ def test_mutual_information_refuses_bad_arguments(kernels, compiled):
 
 
 # objective -----------------------------------------------------------------------------------------------------------
-
-
-def objective_inputs(n, targets, heads, classes, dtype=torch.float32, tables=False, spread=3.0):
-    """Logits and labels of a minibatch and, if asked for, tables of importance and of aligned labels."""
-    source = torch.Generator().manual_seed(n + targets + classes)
-    head_logits, bias_labels = mi_inputs(n, heads, classes, dtype)
-    logits = (spread * torch.randn(n, targets, generator=source, dtype=torch.float64)).to(dtype)
-    inputs = [logits, torch.randint(targets, (n,), generator=source), head_logits, bias_labels]
-    if not tables:
-        return [*inputs, None, None]
-    importance = 3 * torch.rand(heads, targets, classes, generator=source)
-    return [*inputs, importance, torch.randint(classes, (targets,), generator=source)]
-
-
-def as_doubles(inputs):
-    return [value.double() if value is not None and value.is_floating_point() else value for value in inputs]
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, *HALF])
@@ -499,27 +458,6 @@ def test_objective_refuses_bad_arguments(compiled):
 
 
 # fit_linear_head_ ----------------------------------------------------------------------------------------------------
-
-SGD = (0.1, 0.9, 1e-4)
-RULE = (1e-3, 5)
-
-
-def head_inputs(n, width, classes, heads=1, epochs=3, dtype=torch.float32):
-    source = torch.Generator().manual_seed(n * width + classes)
-    features = torch.randn(n, width, generator=source, dtype=torch.float64).to(dtype)
-    labels = torch.randint(0, classes, (n, heads), generator=source)
-    order = torch.stack([torch.randperm(n, generator=source) for _ in range(epochs)])
-    weight = torch.randn(heads, classes, width, generator=source).to(dtype) * 0.1
-    bias = torch.randn(heads, classes, generator=source).to(dtype) * 0.1
-    plateau = torch.tensor([math.inf, 0, 0], dtype=torch.float64)
-    momenta = (torch.randn_like(weight) * 0.01, torch.randn_like(bias) * 0.01)
-    return [weight, bias, *momenta, plateau], [features, labels, order]
-
-
-def fit(kernel, changed, fixed, batch_size=100, rule=RULE):
-    changed = [tensor.clone() for tensor in changed]
-    losses = kernel(*changed, *fixed, batch_size, *SGD, *rule)
-    return losses, *changed
 
 
 @pytest.mark.parametrize(
@@ -629,7 +567,7 @@ def sample_calls():
     inputs = gate_inputs((5, 7))
     logits, labels = mi_inputs(20, 2, 4)
     _, joint = ops.mutual_information_default(logits, labels)
-    for kind in KINDS:
+    for kind in GateKind:
         changed, rest = adam_inputs(40)
         changed[0] = torch.zeros_like(changed[0])
         yield ops.gate_weight, (*inputs[1:], int(kind))
@@ -669,7 +607,7 @@ def test_compile_fullgraph(operator, arguments):
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", GateKind)
 def test_fake_tensors_have_the_strides_of_the_results(kernels, kind):
     inputs = gate_inputs((4, 3, 2, 5))
     layouts = [strided_variants(tensor) for tensor in inputs[:3]]
@@ -693,7 +631,7 @@ def test_the_number_of_threads_changes_no_bit(compiled, restore_threads):
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
         outputs = []
-        for kind in KINDS:
+        for kind in GateKind:
             outputs += [ops.gate_weight(*inputs[1:], kind), ops.gate_weight_backward(*inputs, kind)]
             outputs += adam_results(ops.gated_adam_step_, *adam_inputs(count), kind, True)
         outputs += ops.mutual_information(logits, labels)
@@ -710,11 +648,12 @@ OTHER_INSTRUCTION_SET = """
 import sys, torch
 from ffw_fast import ops
 from ffw_fast.backend import backend_info, load
-from tests import test_ops as t
+from ffw_fast.gates import GateKind
+from tests import operator_inputs as t
 load()
 if backend_info()["cpu"]["instruction_set"] != sys.argv[1]:
     sys.exit("not available")
-for kind in t.KINDS:
+for kind in GateKind:
     for dtype, scores_dtype in t.DTYPES:
         inputs = t.gate_inputs((5003,), dtype, scores_dtype)
         close = dict(rtol=1e-2 if dtype in t.HALF else 1e-5, atol=1e-4 if dtype in t.HALF else 1e-7)

@@ -14,7 +14,7 @@ import torch
 
 import ffw_fast.backend
 from ffw_fast import ops, triton_backend
-from tests.test_ops import adam_inputs
+from tests.operator_inputs import adam_inputs
 
 pytestmark = pytest.mark.skipif(not util.find_spec("triton"), reason="needs the package triton")
 

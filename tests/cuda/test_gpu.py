@@ -19,7 +19,7 @@ from tests.cuda.test_operators import (
     random,
     settings,
 )
-from tests.test_ops import objective_inputs
+from tests.operator_inputs import objective_inputs
 
 pytestmark = [
     pytest.mark.gpu,

@@ -7,7 +7,7 @@ import torch
 
 from ffw_fast import philox
 from ffw_fast.gates import GateKind
-from tests.test_ops import adam_inputs, as_doubles, objective_inputs
+from tests.operator_inputs import adam_inputs, as_doubles, objective_inputs
 
 KINDS = list(GateKind)
 ORDERS = (0, 1, 2)  # of the threads: forward, backward, shuffled

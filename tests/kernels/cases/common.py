@@ -14,8 +14,7 @@ from ffw_fast.gates import GateKind
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
-KINDS = list(GateKind)
-RANDOM_KINDS = [kind for kind in KINDS if kind.is_random]
+RANDOM_KINDS = [kind for kind in GateKind if kind.is_random]
 
 
 def one(value: float) -> Tensor:

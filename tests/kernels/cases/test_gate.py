@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from ffw_fast import ops, philox
 from ffw_fast.gates import GateKind, reproducible_exp
 
-from .common import DEVICE, INTERPRETED, KINDS, RANDOM_KINDS, draw, normal, one
+from .common import DEVICE, INTERPRETED, RANDOM_KINDS, draw, normal, one
 
 HALF = (torch.bfloat16, torch.float16)
 DTYPES = [(torch.float32, torch.float32)] + [(dtype, scores) for dtype in HALF for scores in (dtype, torch.float32)]
@@ -87,7 +87,7 @@ def assert_relatively_as_good(result, own, exact, slack):
     assert error <= factor * own_error + slack * torch.finfo(result.dtype).eps
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", GateKind)
 @pytest.mark.parametrize(("dtype", "scores_dtype"), DTYPES)
 def test_gate_weight(kind, dtype, scores_dtype):
     for size, temperature in SIZES:
@@ -104,7 +104,7 @@ def test_gate_weight(kind, dtype, scores_dtype):
             assert torch.equal(result, default)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", GateKind)
 @pytest.mark.parametrize(("dtype", "scores_dtype"), DTYPES)
 def test_gate_weight_backward(kind, dtype, scores_dtype):
     for size, temperature in SIZES:
@@ -120,7 +120,7 @@ def test_gate_weight_backward(kind, dtype, scores_dtype):
             assert_relatively_as_good(result, default, exact, slack=16)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", GateKind)
 @pytest.mark.parametrize("temperature", [1e-30, 1e-8, 1.0, 1e30])
 def test_extreme_scores_and_temperatures(kind, temperature):
     numbers = [0.0, -0.0, 1e-38, -1e-38, 1e-8, -1e-8, 0.5, -0.5, 87.0, -87.0, -88.0, -104.0, 3e38, -3e38]
@@ -165,7 +165,7 @@ def test_uniform_numbers_are_the_same_bits():
     assert torch.equal(gate_weight(*inputs, GateKind.BERNOULLI) == 1, expected)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", GateKind)
 def test_strides(kind):
     weight, scores = normal(6, 5, 3, 3), normal(6, 5, 3, 3, seed=1)
     last = weight.to(memory_format=torch.channels_last)

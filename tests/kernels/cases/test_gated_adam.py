@@ -7,7 +7,7 @@ from ffw_fast.kernels.gated_adam import gated_adam_step_
 from ffw_fast import ops, philox
 from ffw_fast.gates import GateKind, gate_movement
 
-from .common import DEVICE, KINDS, assert_as_good, draw, normal, one, with_gaps
+from .common import DEVICE, assert_as_good, draw, normal, one, with_gaps
 
 SETTINGS = {"beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 1e-4}
 NAMES = ("gated", "scores", "exp_avg", "exp_avg_sq")
@@ -40,7 +40,7 @@ def doubled(tensors):
     return {name: tensor.double() for name, tensor in tensors.items()}
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", GateKind)
 @pytest.mark.parametrize("size", [0, 1, 1000, 2064])
 def test_step(kind, size):
     for measure, count in ((False, 1.0), (True, 2.0), (True, 30000.0)):

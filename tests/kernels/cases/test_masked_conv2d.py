@@ -11,7 +11,7 @@ from torch.nn import grad as conv_grad
 from ffw_fast import ops
 from ffw_fast.gates import GateKind
 
-from .common import INTERPRETED, KINDS, assert_as_good, draw, normal, one, tf32, with_gaps
+from .common import INTERPRETED, assert_as_good, draw, normal, one, tf32, with_gaps
 
 SMALL = Tile(32, 16, 32, 4, 2)
 # batch, channels, height, width, outputs, kernel, then the convolution's own settings
@@ -94,7 +94,7 @@ def test_shapes(case, memory_format):
 
 
 @pytest.mark.parametrize("memory_format", [CONTIGUOUS, LAST])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", GateKind)
 def test_kinds(kind, memory_format):
     check(SMALL_CASE, torch.float32, kind, relu=False, memory_format=memory_format)
 

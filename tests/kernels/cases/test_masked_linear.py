@@ -10,7 +10,7 @@ from torch.nn import functional
 from ffw_fast import ops
 from ffw_fast.gates import GateKind
 
-from .common import DEVICE, INTERPRETED, KINDS, assert_as_good, draw, normal, one, tf32, with_gaps
+from .common import DEVICE, INTERPRETED, assert_as_good, draw, normal, one, tf32, with_gaps
 
 SMALL = Tile(16, 16, 16, 4, 2)
 SHAPES = [(1, 1, 1), (16, 16, 16), (17, 33, 5), (3, 20, 40), (35, 7, 31)]  # rows, outputs, inputs
@@ -73,7 +73,7 @@ def test_shapes(shape, dtype, relu):
     check(shape, dtype, GateKind.FFW, bias=not relu, relu=relu)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", GateKind)
 def test_kinds(kind):
     check((9, 18, 21), torch.float32, kind, bias=True, relu=True)
 
