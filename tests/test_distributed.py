@@ -30,7 +30,7 @@ from ffw_fast.objective import objective
 from ffw_fast.optim import GatedAdam
 from ffw_fast.progress import Progress
 from tests import toy
-from tests.data.conftest import write_mnist
+from tests.data.mnist_folder import write_mnist
 from tests.tiny import arguments, network, samples
 
 pytestmark = pytest.mark.usefixtures("one_thread")

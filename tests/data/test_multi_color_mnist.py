@@ -5,8 +5,8 @@ import torch
 
 from ffw_fast.data import Samples, Splits, multi_color_mnist
 from ffw_fast.data.colors import PALETTE
-
-SETS = ("vanilla", "train", "val", "test")
+from tests.data.digit_sets import SETS, assert_no_digit_is_in_two_sets, digits
+from tests.data.mnist_folder import write_mnist
 
 
 @pytest.fixture(scope="module")
@@ -16,10 +16,6 @@ def splits() -> Splits:
 
 def conflicting(samples: Samples) -> list[float]:
     return (samples.b != samples.y[:, None]).float().mean(dim=0).tolist()
-
-
-def digits(samples: Samples) -> set[bytes]:
-    return {shape.numpy().tobytes() for shape in (samples.x == samples.x.amax()).all(dim=1)}
 
 
 def test_sizes(splits):
@@ -51,9 +47,7 @@ def test_the_two_biases_are_independent_of_each_other(splits):
 
 
 def test_no_digit_is_in_two_sets(splits):
-    sets = [digits(getattr(splits, name)) for name in SETS]
-    assert sum(map(len, sets)) == len(set().union(*sets))
-    assert [len(members) for members in sets[1:]] == [600, 200, 200]
+    assert_no_digit_is_in_two_sets(splits)
 
 
 def test_second_division(splits):
@@ -64,7 +58,7 @@ def test_second_division(splits):
         multi_color_mnist(second_division="yes")
 
 
-def test_full_mnist_divides_twice_by_default(tmp_path, write_mnist):
+def test_full_mnist_divides_twice_by_default(tmp_path):
     write_mnist(tmp_path, train=100, test=50, compressed=True)
     full = multi_color_mnist(tmp_path)
     assert [len(getattr(full, name).y) for name in SETS] == [100, 30, 10, 10]

@@ -13,7 +13,7 @@ import pytest
 from ffw_fast.cli import main
 from ffw_fast.progress import EpochLines, Progress
 from ffw_fast.sweep.early_stopping import EPOCHS, new_rows, value_of
-from tests.sweep.test_sweep import RESULTS, digits, in_this_process, settings, table  # noqa: F401
+from tests.sweep.small_sweep import hold_the_same_bits, settings, table
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -65,7 +65,7 @@ def test_a_log_on_a_full_disk_does_not_end_the_run():
         progress.epoch({"epoch": 1, "temperature": 1.0, "loss": 2.0, "train_mi": 0.5})
 
 
-def test_a_run_logs_its_epochs(digits, tmp_path):  # noqa: F811
+def test_a_run_logs_its_epochs(digits, tmp_path):
     file = tmp_path / "epochs.jsonl"
     command = ["run", "multi-color-mnist", *settings(digits), "--out", str(tmp_path / "run"), "--quiet"]
     assert main([*command, "--log-epochs", str(file)]) == 0
@@ -105,7 +105,7 @@ def kill_a_trial(out: Path, killed: list[int]) -> None:
 
 
 @pytest.mark.slow
-def test_a_scheduler_stops_some_settings_and_the_sweep_can_be_finished(digits, tmp_path, in_this_process):  # noqa: F811
+def test_a_scheduler_stops_some_settings_and_the_sweep_can_be_finished(digits, tmp_path, in_this_process):
     pytest.importorskip(
         "ray.tune", exc_type=ImportError, reason="ending settings early needs Ray Tune: pip install 'ffw_fast[ray]'"
     )
@@ -133,4 +133,4 @@ def test_a_scheduler_stops_some_settings_and_the_sweep_can_be_finished(digits, t
     assert main([*command, "--quiet", "--out", str(calm)]) == 0
     assert [row["status"] for row in table(out)] == ["finished"] * 6
     for trial in (row["trial"] for row in table(calm)):
-        assert all((out / trial / name).read_bytes() == (calm / trial / name).read_bytes() for name in RESULTS)
+        assert hold_the_same_bits(out / trial, calm / trial)

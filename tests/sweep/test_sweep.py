@@ -1,6 +1,5 @@
 """Many extractions: every setting a run folder, biased networks shared, and nothing finished lost."""
 
-import csv
 import os
 import re
 import signal
@@ -14,47 +13,12 @@ import pytest
 import ffw_fast.sweep.engines as engines
 from ffw_fast.cli import build_parser, main
 from ffw_fast.cli.sweep import NO_SETTING
-from ffw_fast.sweep.engines import Job, LocalProcesses, run_job
+from ffw_fast.sweep.engines import Job, LocalProcesses
 from ffw_fast.sweep.grid import combinations
 from ffw_fast.sweep.trials import trial_name
-from tests.data.conftest import write_mnist
+from tests.sweep.small_sweep import hold_the_same_bits, settings, table
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-RESULTS = ("scores.safetensors", "best_scores.safetensors", "model.safetensors")
-
-
-@pytest.fixture(scope="module")
-def digits(tmp_path_factory) -> Path:
-    """Full MNIST's files with few digits in them, which load faster than real ones."""
-    folder = tmp_path_factory.mktemp("digits")
-    write_mnist(folder, train=60, test=60)
-    return folder
-
-
-@pytest.fixture
-def in_this_process(monkeypatch) -> list[Job]:
-    """Jobs run here, one after the other; those that ran."""
-    ran: list[Job] = []
-
-    def run(_self, jobs):
-        for job in jobs:
-            ran.append(job)
-            code = run_job(job)
-            yield job, engines.describe_failure(code, job.folder)
-
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    monkeypatch.setattr(LocalProcesses, "run", run)
-    return ran
-
-
-def settings(digits: Path) -> list[str]:
-    data = ["--data-dir", str(digits), "--no-second-division", "--train-size", "60"]
-    return [*data, "--vanilla-epochs", "1", "--max-epochs", "2"]
-
-
-def table(out: Path) -> list[dict[str, str]]:
-    with (out / "sweep.csv").open() as file:
-        return list(csv.DictReader(file))
 
 
 def test_a_sweep_is_the_same_runs_one_by_one(digits, tmp_path, in_this_process, capsys):
@@ -75,7 +39,7 @@ def test_a_sweep_is_the_same_runs_one_by_one(digits, tmp_path, in_this_process, 
 
     alone = tmp_path / "alone"
     assert main(["run", "multi-color-mnist", "--out", str(alone), *settings(digits), "--gamma", "3", "--quiet"]) == 0
-    assert all((alone / name).read_bytes() == (out / names[2] / name).read_bytes() for name in RESULTS)
+    assert hold_the_same_bits(alone, out / names[2])
     capsys.readouterr()
 
     in_this_process.clear()
@@ -230,7 +194,7 @@ def test_a_killed_process_loses_nothing(digits, tmp_path):
     calm = tmp_path / "calm"
     assert main([*command, "--out", str(calm)]) == 0
     for trial in ("gamma-1", "gamma-3"):
-        assert all((out / trial / name).read_bytes() == (calm / trial / name).read_bytes() for name in RESULTS)
+        assert hold_the_same_bits(out / trial, calm / trial)
 
 
 # The engine on Ray ---
@@ -271,7 +235,7 @@ def test_twelve_settings_on_ray_with_a_worker_killed_are_those_of_one_process(di
     assert main([*command, "--quiet", "--out", str(calm)]) == 0
     assert len(table(out)) == 12
     for trial in (row["trial"] for row in table(calm)):
-        assert all((out / trial / name).read_bytes() == (calm / trial / name).read_bytes() for name in RESULTS)
+        assert hold_the_same_bits(out / trial, calm / trial)
 
 
 def test_a_ray_that_does_not_answer_is_named(digits, tmp_path, capsys):

@@ -2,10 +2,8 @@
 
 import gzip
 import struct
-from collections.abc import Callable
 from pathlib import Path
 
-import pytest
 import torch
 from torch import Tensor
 
@@ -32,13 +30,3 @@ def write_mnist(folder: Path, train: int = 100, test: int = 50, *, compressed: b
         else:
             (folder / name).write_bytes(idx_bytes(data))
     return content
-
-
-@pytest.fixture(name="idx_bytes")
-def idx_bytes_fixture() -> Callable[[Tensor], bytes]:
-    return idx_bytes
-
-
-@pytest.fixture(name="write_mnist")
-def write_mnist_fixture() -> Callable[..., dict[str, Tensor]]:
-    return write_mnist
