@@ -34,6 +34,7 @@ if dist.is_available():
 
 from ffw_fast import ops
 from ffw_fast.data.samples import Inputs, Samples, part_of
+from ffw_fast.modules import FLAT_ALIGNMENT
 from ffw_fast.objective import Objective, objective
 from ffw_fast.run_state import Resumable, RunState, Snapshot
 
@@ -42,7 +43,6 @@ PATIENCE = timedelta(days=1)  # with a process that lives: the first one may tra
 GONE = 10.0  # seconds in which those that live find out who does not
 POLL = 0.05  # seconds
 PIECE = 2**20  # gates whose gradient is a message of its own, sent while the backward pass still runs
-ALIGNMENT = 16  # gates: the slices that are shared out begin at multiples of it, as the layers do
 ERRORS = (ValueError, TypeError, OSError, ImportError, FloatingPointError)
 
 
@@ -423,8 +423,8 @@ class ShardedGroup(Group):
 
     def _slices(self, gates: int) -> list[slice]:
         """Every process's own of so many gates."""
-        units = -(-gates // ALIGNMENT)
-        bounds = [min(gates, rank * units // self.count * ALIGNMENT) for rank in range(self.count + 1)]
+        units = -(-gates // FLAT_ALIGNMENT)  # where layers begin, slices may
+        bounds = [min(gates, rank * units // self.count * FLAT_ALIGNMENT) for rank in range(self.count + 1)]
         return [slice(start, stop) for start, stop in pairwise(bounds)]
 
 

@@ -19,11 +19,10 @@ from ffw_fast.inputs import prepare
 from ffw_fast.measure import accuracy
 from ffw_fast.modes import training_modes
 from ffw_fast.objective import Objective, objective
-from ffw_fast.seeding import epoch_order
+from ffw_fast.seeding import FINETUNE_ORDERS, epoch_order
 from ffw_fast.settings import Settings, check_integer, check_number
 
 LR = 1e-3
-FINETUNE_EPOCHS = "finetune epoch"  # the stream of orders in which samples are visited
 
 
 @training_modes()
@@ -84,7 +83,7 @@ def finetune(
         for epoch in range(epochs):
             if gamma > 0:
                 heads.fit_on(train, reader.features, settings.cache_augmented)
-            rows = epoch_order(len(train.y), settings.seed, FINETUNE_EPOCHS, epoch)
+            rows = epoch_order(len(train.y), settings.seed, FINETUNE_ORDERS, epoch)
             network.train(from_scratch)
             for x, y, b in train.batches(rows, settings.batch_size):
                 if from_scratch and len(y) == 1:

@@ -12,7 +12,7 @@ from torch import Tensor
 from ffw_fast import ops
 from ffw_fast.data.samples import Inputs, Samples
 from ffw_fast.data.stream import Stream
-from ffw_fast.seeding import epoch_order, seeded_generator
+from ffw_fast.seeding import HEAD_ORDERS, epoch_order, seeded_generator
 from ffw_fast.settings import Settings
 
 LR = 0.1
@@ -21,7 +21,6 @@ WEIGHT_DECAY = 1e-4
 PLATEAU_THRESHOLD = 1e-3
 PLATEAU_PATIENCE = 5
 MAX_EPOCHS = 200
-HEAD_EPOCHS = "head epoch"  # the stream of orders in which heads visit the samples
 EPOCHS_A_CALL = 16  # a chunk's orders are drawn at once; those after the plateau are drawn in vain
 
 
@@ -119,7 +118,7 @@ class PrivateHeads:
     def _orders(self, count: int, first: int, end: int) -> Tensor:
         """The orders (epochs, count) of the head epochs from ``first`` on, of as many as one call of a kernel takes."""
         epochs = range(first, min(first + EPOCHS_A_CALL, end))
-        return torch.stack([epoch_order(count, self.seed, HEAD_EPOCHS, epoch) for epoch in epochs])
+        return torch.stack([epoch_order(count, self.seed, HEAD_ORDERS, epoch) for epoch in epochs])
 
     def fit_on(self, samples: Samples, features_of: Callable[[Inputs], Tensor], one_draw: bool = False) -> int:
         """Train on the features (n, D) that a frozen network gives of the samples; epochs it took.
@@ -130,12 +129,12 @@ class PrivateHeads:
         if not isinstance(samples.x, Stream) or not samples.augments:
             return self.fit(features_of(samples.x), samples.b)
         if one_draw:
-            drawn = samples.in_order(epoch_order(len(samples.y), self.seed, HEAD_EPOCHS, self.epochs))
+            drawn = samples.in_order(epoch_order(len(samples.y), self.seed, HEAD_ORDERS, self.epochs))
             return self.fit(features_of(drawn.x), drawn.b)
         plateau, start = self._no_plateau(), self.epochs
         in_turn = torch.arange(len(samples.y), device="cpu").unsqueeze(0)
         while not self._is_done(plateau, start):
-            order = epoch_order(len(samples.y), self.seed, HEAD_EPOCHS, self.epochs)
+            order = epoch_order(len(samples.y), self.seed, HEAD_ORDERS, self.epochs)
             features = features_of(samples.x.in_order(order))
             self._run_epochs(features, samples.b[order.to(samples.b.device)], in_turn, plateau)
         return self.epochs - start

@@ -23,14 +23,13 @@ from ffw_fast.inputs import Problem
 from ffw_fast.measure import Measurement, accuracy, measure, minibatch_information
 from ffw_fast.objective import Objective
 from ffw_fast.optim import LR, GatedAdam, GatedOptimizer
+from ffw_fast.precision import passes_in
 from ffw_fast.progress import Progress
 from ffw_fast.run_state import RunState
 from ffw_fast.schedule import Schedule, judging_shift, make_schedule, restore_schedule
-from ffw_fast.seeding import epoch_order
-from ffw_fast.settings import PRECISIONS
+from ffw_fast.seeding import GATE_ORDERS, epoch_order
 from ffw_fast.step_graph import StepGraph
 
-GATE_EPOCHS = "gate epoch"  # the stream of orders in which gate epochs visit the samples
 EXAMPLES = 8  # samples on which simplifications of the network are checked
 SHARED_GATE_STATE = ("temperature", "draw", "movement")
 HEAD_STATE = ("weight", "bias", "weight_momentum", "bias_momentum")
@@ -45,9 +44,7 @@ class Loop:
         self.group = group or Alone()
         self.train, self.val = train, problem.val
         self.input_shape = tuple(train.x.shape[1:])  # before the frozen part is taken out
-        self.autocast = torch.autocast(
-            device.type, PRECISIONS[settings.precision], enabled=settings.precision != "fp32", cache_enabled=False
-        )
+        self.autocast = passes_in(settings.precision, device, cache_enabled=False)
         self.dense_model = model
         self.network = GatedNetwork(
             model,
@@ -169,7 +166,7 @@ class Loop:
 
         Rows are enough where a step can read them itself, which on a GPU is part of the graph.
         """
-        order = epoch_order(len(self.train.y), self.settings.seed, GATE_EPOCHS, len(self.history))
+        order = epoch_order(len(self.train.y), self.settings.seed, GATE_ORDERS, len(self.history))
         if self.group.count == 1 and self.train.are_at_hand:
             return ((rows,) for rows in order.to(self.train.y.device).split(self.settings.batch_size))
         return self.group.batches(self.train, order, self.settings.batch_size)

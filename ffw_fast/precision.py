@@ -1,10 +1,23 @@
-"""Full float32 for comparisons of two networks, whatever PyTorch is told to round their operands to."""
+"""The precision of a network's passes, and full float32 for comparisons whatever PyTorch is told to round to."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def check_precision(name: str) -> None:
+    """``ValueError`` with the known names for another one."""
+    if name not in PRECISIONS:
+        raise ValueError(f"unknown precision {name!r}; known precisions: {', '.join(PRECISIONS)}")
+
+
+def passes_in(precision: str, device: torch.device, cache_enabled: bool = True) -> torch.autocast:
+    """Within it forward passes are of that precision."""
+    return torch.autocast(device.type, PRECISIONS[precision], enabled=precision != "fp32", cache_enabled=cache_enabled)
 
 
 @contextmanager

@@ -24,17 +24,17 @@ from ffw_fast.data.samples import Samples, batches_of
 from ffw_fast.extraction import Extraction, gated_tensors, masks_of, sparsity, weight_sparsity
 from ffw_fast.gates import GateKind, gate, gate_movement, gate_slope, half_open
 from ffw_fast.inputs import Problem, check_device, prepare
-from ffw_fast.loop import GATE_EPOCHS
 from ffw_fast.measure import Measurement, measure
 from ffw_fast.modes import training_modes
 from ffw_fast.modules import flat_offsets
 from ffw_fast.ops import joint_distribution, joint_information
 from ffw_fast.plateau import Plateau
+from ffw_fast.precision import passes_in
 from ffw_fast.progress import Progress, make_progress
 from ffw_fast.run_state import RunState
 from ffw_fast.schedule import LARGEST_FALL, STEPS_OF_SCORES, judging_shift, make_schedule
-from ffw_fast.seeding import epoch_order
-from ffw_fast.settings import PRECISIONS, Settings
+from ffw_fast.seeding import GATE_ORDERS, HEAD_ORDERS, epoch_order
+from ffw_fast.settings import Settings
 
 
 @training_modes()
@@ -110,9 +110,7 @@ class Reference:
         self.scores_optimizer = self.make_scores_optimizer()
         self.heads_optimizer = make_heads_optimizer(self.heads)
         self.head_epochs = 0
-        self.autocast = torch.autocast(
-            device.type, PRECISIONS[settings.precision], enabled=settings.precision != "fp32"
-        )
+        self.autocast = passes_in(settings.precision, device)
 
     def gate_channels(self, channels: ChannelGraph) -> None:
         """Let the non-linearities' outputs be multiplied by what ``self.gated`` holds of them."""
@@ -238,7 +236,7 @@ class Reference:
     def train_epoch(self, epoch: int, anneals: bool) -> dict[str, float]:
         """A step of Adam on the scores and of SGD on the heads for each minibatch."""
         settings, totals = self.settings, torch.zeros(3, dtype=torch.float64, device="cpu")
-        rows = epoch_order(len(self.train.y), settings.seed, GATE_EPOCHS, epoch)
+        rows = epoch_order(len(self.train.y), settings.seed, GATE_ORDERS, epoch)
         for x, y, b in self.train.batches(rows, settings.batch_size):
             features, logits = self.forward(x)
             task_loss, information = self.losses(logits, y, frozen_logits(self.heads, features), b)
@@ -295,7 +293,7 @@ class Reference:
 
     def head_order(self) -> Tensor:
         """The order of the next head epoch."""
-        return epoch_order(len(self.train.y), self.settings.seed, private_heads.HEAD_EPOCHS, self.head_epochs)
+        return epoch_order(len(self.train.y), self.settings.seed, HEAD_ORDERS, self.head_epochs)
 
     def drawn(self) -> Samples:
         """What the heads learn from until they are fitted again: the training set, or one draw of it."""

@@ -8,6 +8,9 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+# The streams of orders in which samples are visited: by the gates, by the heads, by fine-tuning.
+GATE_ORDERS, HEAD_ORDERS, FINETUNE_ORDERS = "gate epoch", "head epoch", "finetune epoch"
+
 _setting_threads = threading.Lock()
 
 

@@ -6,17 +6,16 @@ from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any, Self
 
 import numpy as np
-import torch
 
 from ffw_fast.gates import GateKind, gate_kind
 from ffw_fast.modules import check_granularity, check_seed
+from ffw_fast.precision import check_precision
 from ffw_fast.schedule import SCHEDULES
 
 METHODS: dict[str, dict[str, Any]] = {  # and the defaults in which each differs from those of ``Settings``
     "ffw": {},
     "bise": {"gamma": 1.0, "gate": "hard", "granularity": "channel", "schedule": "halving"},
 }
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -46,8 +45,7 @@ class Settings:
             object.__setattr__(self, field.name, _plain(getattr(self, field.name)))
         if self.method not in METHODS:
             raise ValueError(f"unknown method {self.method!r}; known methods: {', '.join(METHODS)}")
-        if self.precision not in PRECISIONS:
-            raise ValueError(f"unknown precision {self.precision!r}; known precisions: {', '.join(PRECISIONS)}")
+        check_precision(self.precision)
         gate_kind(self.gate)
         check_granularity(self.granularity)
         if not isinstance(self.bottleneck, str):

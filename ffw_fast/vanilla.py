@@ -18,6 +18,7 @@ from ffw_fast.data.pixels import Pixels
 from ffw_fast.data.samples import EVALUATION_BATCH, Samples, batches_of
 from ffw_fast.files import DamagedFileError
 from ffw_fast.modes import training_modes
+from ffw_fast.precision import check_precision, passes_in
 from ffw_fast.run_state import OtherRunError, Resumable, RunState
 from ffw_fast.seeding import epoch_order, seeded_generator
 
@@ -90,7 +91,7 @@ def train_vanilla(
     *,
     seed: int,
     device: torch.device | str | None = None,
-    precision: Literal["fp32", "bf16"] = "fp32",
+    precision: str = "fp32",
     val: Samples | None = None,
     on_epoch: Callable[[int, float], None] | None = None,
     state: RunState | None = None,
@@ -115,8 +116,7 @@ def train_vanilla(
         FloatingPointError: the loss is no longer finite.
         ValueError, TypeError: a recipe that the samples do not fit, or that needs ``val``.
     """
-    if precision not in ("fp32", "bf16"):
-        raise ValueError(f"unknown precision {precision!r}; known: 'fp32', 'bf16'")
+    check_precision(precision)
     if len(samples.x) != len(samples.y) or len(samples.y) == 0:
         raise ValueError(
             f"expected as many inputs as labels and at least one of each, got {len(samples.x)} and {len(samples.y)}"
@@ -241,7 +241,7 @@ class _Plateau:
     @torch.no_grad()
     def _loss(self) -> float:
         self.model.eval()
-        with _autocast(self.val.y.device, self.precision):
+        with passes_in(self.precision, self.val.y.device):
             logits = torch.cat([self.model(x).float() for x in batches_of(self.val.x, EVALUATION_BATCH)])
         self.model.train()
         return F.cross_entropy(logits, self.val.y).item()
@@ -266,10 +266,6 @@ def _batches(
         yield samples.x.normalised(images), samples.y[here], samples.b[here]
 
 
-def _autocast(device: torch.device, precision: str) -> torch.autocast:
-    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
-
-
 def _train_epoch(
     model: nn.Module,
     batches: Iterable[tuple[Tensor, Tensor, Tensor]],
@@ -285,7 +281,7 @@ def _train_epoch(
     for x, y, _b in batches:
         if has_norms and count and len(y) == 1:
             continue
-        with _autocast(x.device, precision):
+        with passes_in(precision, x.device):
             logits = model(x)
         loss = F.cross_entropy(logits.float(), y)
         optimizer.zero_grad()

@@ -21,11 +21,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ffw_fast.cli import main
-from ffw_fast.distributed import ALIGNMENT, Alone, GradientSum, Group, ProcessLost, ShardedGroup, processes
+from ffw_fast.distributed import Alone, GradientSum, Group, ProcessLost, ShardedGroup, processes
 from ffw_fast.extract import extract
 from ffw_fast.extraction import Extraction
 from ffw_fast.flat_gates import FlatGates
 from ffw_fast.gates import GateKind
+from ffw_fast.modules import FLAT_ALIGNMENT
 from ffw_fast.objective import objective
 from ffw_fast.optim import GatedAdam
 from ffw_fast.progress import Progress
@@ -209,9 +210,9 @@ def test_slices_cover_all_gates_and_begin_at_multiples(gates, count):
     slices = group._slices(gates)
     assert len(slices) == count
     assert [index for part in slices for index in range(gates)[part]] == list(range(gates))
-    assert all(part.start % ALIGNMENT == 0 or part.start == part.stop for part in slices)
+    assert all(part.start % FLAT_ALIGNMENT == 0 or part.start == part.stop for part in slices)
     sizes = [part.stop - part.start for part in slices]
-    assert max(sizes) - min(sizes) < 2 * ALIGNMENT
+    assert max(sizes) - min(sizes) < 2 * FLAT_ALIGNMENT
 
 
 class _OneOf(Alone):

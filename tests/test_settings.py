@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from ffw_fast import extract, reference
 from ffw_fast.gates import GATES, GateKind
-from ffw_fast.settings import PRECISIONS, Settings
+from ffw_fast.precision import PRECISIONS
+from ffw_fast.settings import Settings
 from tests import tiny
 
 NEEDED = {"bottleneck": "pool", "num_bias_classes": 10}

@@ -9,9 +9,10 @@ from ffw_fast.gates import GATES
 from ffw_fast.modules import GRANULARITIES
 from ffw_fast.own import NAME as OWN
 from ffw_fast.own import own_workload
+from ffw_fast.precision import PRECISIONS
 from ffw_fast.runs.request import Request
 from ffw_fast.schedule import SCHEDULES
-from ffw_fast.settings import DEFAULTS, METHODS, PRECISIONS
+from ffw_fast.settings import DEFAULTS, METHODS
 from ffw_fast.workloads import WORKLOADS, Workload
 
 DEFAULT = "(default: %(default)s)"

@@ -82,7 +82,7 @@ def trained_vanilla(request: Request, splits: Splits, progress: Progress) -> nn.
             recipe,
             seed=request.seed,
             device=request.device,
-            precision="bf16" if settings.precision == "bf16" else "fp32",
+            precision=settings.precision,
             val=splits.val,
             on_epoch=lambda epoch, loss: progress.tick(epoch, f"loss {loss:.4f}"),
             state=state,
