@@ -26,7 +26,7 @@ from ffw_fast.extract import extract
 from ffw_fast.extraction import BEST_SCORES, CONFIG, HISTORY, METRICS, SCORES, Extraction
 from ffw_fast.files import digest
 from ffw_fast.run_state import CHECKPOINT, Resumable, RunState
-from tests.tiny import arguments, network, samples
+from tests.six_features import arguments, network, samples
 
 EXTREMES = [b"\xff" * 8, b"\0" * 8, b"\x7f" + b"\xff" * 7, b"NaN", b"-1", b"1e999", b"null", b"../../x", b'"', b"["]
 

@@ -35,7 +35,7 @@ from ffw_fast.runs.request import Request
 from ffw_fast.runs.run import run_workload
 from ffw_fast.vanilla import Recipe
 from ffw_fast.workloads import Workload, get_workload
-from tests.tiny import arguments, network, samples
+from tests.six_features import arguments, network, samples
 
 EXTRACTIONS: list[dict[str, Any]] = [
     {"schedule": "published"},

@@ -6,7 +6,7 @@ from torch import nn
 
 from ffw_fast.attribution import attribution, conflicting_examples, explain
 from ffw_fast.data.samples import Samples
-from tests.toy import biased_set, network
+from tests.small_images import biased_set, network
 
 
 def test_grad_cam_is_what_its_definition_says():

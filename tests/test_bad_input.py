@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from ffw_fast import heads, modules, reference
 from ffw_fast.extract import extract
-from tests.tiny import CLASSES, arguments, network, samples
+from tests.six_features import CLASSES, arguments, network, samples
 
 EXTRACTIONS = [extract, reference.extract]
 

@@ -17,13 +17,13 @@ from ffw_fast.flat_gates import FlatGates
 from ffw_fast.gated_network import GatedNetwork
 from ffw_fast.gates import GATES, GateKind, gate_kind
 from ffw_fast.optim import GatedSGD
-from tests import tiny, toy
+from tests import six_features, small_images
+from tests.six_features import CLASSES, arguments, network, samples
 from tests.test_optim import PlainScores, backward, loss_of, make_gates
-from tests.tiny import CLASSES, arguments, network, samples
 
 
 def biased(count: int = 90, biases: int = 1, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    """The tiny task with bias labels that agree with the target seven times of ten."""
+    """The six features with bias labels that agree with the target seven times of ten."""
     x, y, b = samples(count, biases, seed)
     source = torch.Generator().manual_seed(seed + 100)
     agrees = torch.rand(b.shape, generator=source) < 0.6
@@ -99,11 +99,17 @@ def test_the_part_before_the_first_gate_runs_once(few_head_epochs, monkeypatch):
 
 
 def test_convolutions_are_held_to_the_reference(few_head_epochs):
-    x, y, b = toy.biased_set(120, 1, 1)
+    x, y, b = small_images.biased_set(120, 1, 1)
     b = torch.where(torch.rand(b.shape, generator=torch.Generator().manual_seed(0)) < 0.6, y.unsqueeze(1), b)
-    given = {"bottleneck": toy.BOTTLENECK, "num_bias_classes": toy.CLASSES, "batch_size": 50, "progress": False}
     found = [
-        function(toy.network(), (x, y, b), toy.biased_set(60, 1, 2), method="bise", max_epochs=11, **given)
+        function(
+            small_images.network(),
+            (x, y, b),
+            small_images.biased_set(60, 1, 2),
+            method="bise",
+            max_epochs=11,
+            **small_images.SETTINGS,
+        )
         for function in (extract, reference.extract)
     ]
     assert_held_together(*found)
@@ -307,7 +313,7 @@ def test_bad_input(function, changes, message):
     data = {"train": (X, Y, B), "val": samples(), **changes}
     train, val = data.pop("train"), data.pop("val")
     with pytest.raises((ValueError, TypeError), match=message):
-        function(tiny.network(), train, val, **settings(**data))
+        function(six_features.network(), train, val, **settings(**data))
 
 
 def test_the_model_is_left_as_it_was(few_head_epochs):

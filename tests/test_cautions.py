@@ -10,8 +10,8 @@ from ffw_fast import cautions, heads
 from ffw_fast.extract import extract
 from ffw_fast.extraction import Extraction
 from ffw_fast.measure import Measurement
-from tests import toy
-from tests.tiny import CLASSES, arguments, network, samples
+from tests import small_images
+from tests.six_features import CLASSES, arguments, network, samples
 
 
 def measured(task: float, *bias: float) -> Measurement:
@@ -56,7 +56,7 @@ def test_a_bottleneck_beside_the_way():
     x, _, _ = samples(8)
     assert list(cautions.of_bottleneck(network(), "relu", x)) == []
     assert list(cautions.of_bottleneck(network(), "classifier", x)) == []
-    assert list(cautions.of_bottleneck(toy.network(), "pool", toy.biased_set(8)[0])) == []
+    assert list(cautions.of_bottleneck(small_images.network(), "pool", small_images.biased_set(8)[0])) == []
     (partly,) = cautions.of_bottleneck(TwoWays(), "left", x)
     assert "'left' feeds only a part of the network" in partly
     beside = list(cautions.of_bottleneck(TwoWays(used=False), "left", x))
@@ -123,13 +123,13 @@ def test_labels_that_have_nothing_to_do_with_the_samples(short):
     assert any("bias 0 does not beat chance" in text for text in found.warnings)
 
 
-def on_the_toy(**changes):
-    sets = toy.biased_set(200), toy.biased_set(200, seed=1)
-    return run(toy.network(), *sets, bottleneck=toy.BOTTLENECK, num_bias_classes=toy.CLASSES, **changes)
+def on_small_images(**changes):
+    task = {"bottleneck": small_images.BOTTLENECK, "num_bias_classes": small_images.CLASSES}
+    return run(small_images.network(), *(small_images.biased_set(200, seed=seed) for seed in (0, 1)), **task, **changes)
 
 
 def test_a_sound_run_says_nothing(short):
-    found, seen = on_the_toy(schedule="adaptive", anneal_rate=1.0, max_epochs=100)
+    found, seen = on_small_images(schedule="adaptive", anneal_rate=1.0, max_epochs=100)
     assert len(found.history) < 100
     assert found.warnings == seen == []
 
@@ -147,7 +147,7 @@ def cut_short(found: Extraction) -> list[str]:
     ],
 )
 def test_a_run_that_ends_before_its_schedule(changes, end, remedy, short):
-    found, seen = on_the_toy(**changes)
+    found, seen = on_small_images(**changes)
     (text,) = found.warnings
     assert found.warnings == seen
     assert text.startswith("the run ended after 2 epochs, before its schedule did: T is ")
@@ -168,8 +168,8 @@ def test_gates_of_bise_are_shut_before_its_schedule_ends(val):
 
 def test_a_checkpoint_that_is_continued_does_not_keep_it(short, tmp_path):
     given = {"schedule": "adaptive", "anneal_rate": 1.0, "run_dir": tmp_path}
-    first, _ = on_the_toy(**given, max_epochs=2)
+    first, _ = on_small_images(**given, max_epochs=2)
     assert len(cut_short(first)) == 1
-    assert len(cut_short(on_the_toy(**given, max_epochs=3, resume=True)[0])) == 1, "that of its own end"
-    found, seen = on_the_toy(**given, max_epochs=100, resume=True)
+    assert len(cut_short(on_small_images(**given, max_epochs=3, resume=True)[0])) == 1, "that of its own end"
+    found, seen = on_small_images(**given, max_epochs=100, resume=True)
     assert found.warnings == seen == []

@@ -30,9 +30,9 @@ from ffw_fast.modules import FLAT_ALIGNMENT
 from ffw_fast.objective import objective
 from ffw_fast.optim import GatedAdam
 from ffw_fast.progress import Progress
-from tests import toy
+from tests import small_images
 from tests.data.mnist_folder import write_mnist
-from tests.tiny import arguments, network, samples
+from tests.six_features import arguments, network, samples
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 PRELOADED = ["torch._dynamo", "ffw_fast"]  # imported once for all processes
@@ -81,9 +81,9 @@ def _extract_all(rank: int, _folder: Path, shard: bool = False) -> dict[str, Any
 
 
 def _convolutions(**changes: Any) -> Extraction:
-    train, val = toy.biased_set(50, biases=2), toy.biased_set(30, biases=2, seed=1)
-    given = arguments(bottleneck=toy.BOTTLENECK, num_bias_classes=toy.CLASSES, batch_size=16)
-    return extract(toy.network(), train, val, **given | changes)
+    train, val = small_images.biased_set(50, biases=2), small_images.biased_set(30, biases=2, seed=1)
+    given = arguments(bottleneck=small_images.BOTTLENECK, num_bias_classes=small_images.CLASSES, batch_size=16)
+    return extract(small_images.network(), train, val, **given | changes)
 
 
 def _facts(found: Extraction) -> dict[str, Any]:

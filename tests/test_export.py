@@ -6,7 +6,7 @@ from torch import nn
 
 from ffw_fast.compact import compact
 from ffw_fast.export import TOLERANCE, export
-from tests.toy import network
+from tests.small_images import network
 
 
 @pytest.fixture(scope="module")

@@ -16,10 +16,8 @@ from ffw_fast.extraction import Extraction
 from ffw_fast.gated_network import GatedNetwork
 from ffw_fast.gates import GateKind
 from ffw_fast.loop import Loop
+from tests.small_images import BOTTLENECK, CLASSES, SETTINGS, biased_set, network
 from tests.test_channels import Block
-from tests.toy import BOTTLENECK, CLASSES, biased_set, network
-
-SETTINGS = {"bottleneck": BOTTLENECK, "num_bias_classes": CLASSES, "batch_size": 50, "progress": False}
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from ffw_fast import extraction as files
 from ffw_fast import heads, reference
 from ffw_fast.extract import extract
 from ffw_fast.extraction import Extraction, apply_masks, load_masks, read_history, read_json, write_history
-from tests.tiny import CLASSES, arguments, network, samples
+from tests.six_features import CLASSES, arguments, network, samples
 
 WRITTEN = [files.CONFIG, files.METRICS, files.HISTORY, files.SCORES, files.BEST_SCORES, files.MODEL]
 

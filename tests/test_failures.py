@@ -9,7 +9,7 @@ from ffw_fast.extract import extract
 from ffw_fast.failures import memory_errors_explained
 from ffw_fast.loop import Loop
 from ffw_fast.run_state import CHECKPOINT
-from tests.tiny import arguments, network, samples
+from tests.six_features import arguments, network, samples
 
 
 @pytest.fixture(autouse=True)

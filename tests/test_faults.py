@@ -16,7 +16,7 @@ from ffw_fast.extract import extract
 from ffw_fast.files import write_tensors
 from ffw_fast.progress import Progress
 from ffw_fast.run_state import CHECKPOINT
-from tests.tiny import arguments, network, samples
+from tests.six_features import arguments, network, samples
 
 resource = pytest.importorskip("resource", reason="limits of a process, on POSIX systems")
 
@@ -108,7 +108,7 @@ DEADLY = """
 import os, signal, sys
 from torch.utils.data import DataLoader, Dataset
 from ffw_fast.extract import extract
-from tests.tiny import arguments, network, samples
+from tests.six_features import arguments, network, samples
 
 class Deadly(Dataset):
     def __init__(self):

@@ -5,7 +5,7 @@ import torch
 
 from ffw_fast import finetune, heads
 from ffw_fast.extract import extract
-from tests.tiny import arguments, network, samples
+from tests.six_features import arguments, network, samples
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from ffw_fast.gated_network import GatedNetwork
 from ffw_fast.gates import GATES, GateKind, gate_kind
 from ffw_fast.modules import mask_model, masked_layers, set_temperature
 from ffw_fast.optim import GatedAdam
-from tests import tiny, toy
+from tests import six_features, small_images
 
 
 def make(model, x, bottleneck, kind=GateKind.FFW, seed=3) -> GatedNetwork:
@@ -29,9 +29,9 @@ def spread_scores(gates: FlatGates, seed=0) -> None:
 @pytest.mark.parametrize("gate", GATES)
 def test_it_is_the_masked_model(gate):
     """Outputs, features and gradients by the scores, batch norms folded, against masked layers in the model itself."""
-    model = toy.network()
-    x, y, _ = toy.biased_set(20, seed=5)
-    network = make(model, x, toy.BOTTLENECK, gate_kind(gate))
+    model = small_images.network()
+    x, y, _ = small_images.biased_set(20, seed=5)
+    network = make(model, x, small_images.BOTTLENECK, gate_kind(gate))
     masked = mask_model(copy.deepcopy(model), gate, seed=3)
     spread_scores(network.gates)
     for name, scores in network.gates.views(network.gates.scores).items():
@@ -40,7 +40,7 @@ def test_it_is_the_masked_model(gate):
     network.gates.set_temperature(0.5)
 
     kept = []
-    masked.get_submodule(toy.BOTTLENECK).register_forward_hook(lambda _module, _x, output: kept.append(output))
+    masked.get_submodule(small_images.BOTTLENECK).register_forward_hook(lambda _module, _x, output: kept.append(output))
     expected = masked(x)
     features, logits = network(x)
     torch.testing.assert_close(features, kept[0], rtol=1e-4, atol=1e-5)
@@ -64,11 +64,11 @@ def scores_gradients(network: GatedNetwork) -> dict[str, torch.Tensor]:
 
 
 def test_the_model_is_left_as_it_was():
-    model = toy.network().train()
+    model = small_images.network().train()
     model.zero_grad()
     before = copy.deepcopy(model.state_dict())
-    x, y, _ = toy.biased_set(20, seed=5)
-    network = make(model, x, toy.BOTTLENECK)
+    x, y, _ = small_images.biased_set(20, seed=5)
+    network = make(model, x, small_images.BOTTLENECK)
     _, logits = network(x)
     nn.functional.cross_entropy(logits, y).backward()
     GatedAdam(network.gates).step()
@@ -80,8 +80,8 @@ def test_the_model_is_left_as_it_was():
 
 
 def test_only_gated_weights_get_gradients():
-    x, _, _ = toy.biased_set(20, seed=5)
-    network = make(toy.network(), x, toy.BOTTLENECK)
+    x, _, _ = small_images.biased_set(20, seed=5)
+    network = make(small_images.network(), x, small_images.BOTTLENECK)
     x.requires_grad_(False)
     _, logits = network(x)
     logits.sum().backward()
@@ -95,10 +95,10 @@ def test_only_gated_weights_get_gradients():
 
 def test_what_lies_behind_the_bottleneck_is_not_run_for_features():
     ran = []
-    model = tiny.network()
+    model = six_features.network()
     model.classifier.register_forward_hook(lambda *_arguments: ran.append(1))
-    x, _, _ = tiny.samples(30)
-    network = make(model, x, tiny.BOTTLENECK)
+    x, _, _ = six_features.samples(30)
+    network = make(model, x, six_features.BOTTLENECK)
     ran.clear()
     features = network.features(x)
     assert not ran
@@ -109,11 +109,11 @@ def test_what_lies_behind_the_bottleneck_is_not_run_for_features():
 
 @pytest.mark.parametrize("count", [1, 499, 500, 501, 1003])
 def test_large_sets_are_passed_in_parts(count):
-    x, _, _ = tiny.samples(count)
-    network = make(tiny.network(), x, tiny.BOTTLENECK)
+    x, _, _ = six_features.samples(count)
+    network = make(six_features.network(), x, six_features.BOTTLENECK)
     features, logits = network.outputs(x)
     assert features.shape == (count, 8)
-    torch.testing.assert_close(logits, tiny.network()(x))
+    torch.testing.assert_close(logits, six_features.network()(x))
     torch.testing.assert_close(network.features(x), features)
     assert not features.requires_grad
 
@@ -128,7 +128,7 @@ def test_a_layer_that_runs_twice_sums_its_gradients():
             return self.classifier(self.relu(self.layer(self.layer(x).tanh())))
 
     model = Twice().eval()
-    x, y, _ = tiny.samples()
+    x, y, _ = six_features.samples()
     network = make(model, x, "relu")
     nn.functional.cross_entropy(network(x)[1], y).backward()
     nn.functional.cross_entropy(model(x), y).backward()
@@ -138,22 +138,22 @@ def test_a_layer_that_runs_twice_sums_its_gradients():
 
 
 def test_features_before_a_relu_are_not_overwritten_by_it():
-    x, _, _ = tiny.samples()
-    network = make(tiny.network(), x, "fc1")
+    x, _, _ = six_features.samples()
+    network = make(six_features.network(), x, "fc1")
     given, _ = network(x)
-    torch.testing.assert_close(given, tiny.network().fc1(x))
+    torch.testing.assert_close(given, six_features.network().fc1(x))
     torch.testing.assert_close(network.features(x), given)
 
 
 def test_features_are_flattened():
-    x, _, _ = toy.biased_set(5)
-    network = make(toy.network(), x, "relu2")
+    x, _, _ = small_images.biased_set(5)
+    network = make(small_images.network(), x, "relu2")
     assert network.features(x).shape == (5, 12 * 3 * 3)
 
 
 def test_features_in_bf16_are_in_the_order_of_those_in_float32():
-    x, _, _ = toy.biased_set(20)
-    network = make(toy.network(), x, "relu2")
+    x, _, _ = small_images.biased_set(20)
+    network = make(small_images.network(), x, "relu2")
     exact = network.features(x)
     with torch.autocast("cpu", torch.bfloat16):
         given, _ = network(x)
@@ -163,6 +163,6 @@ def test_features_in_bf16_are_in_the_order_of_those_in_float32():
 
 
 def test_unknown_bottleneck_names_the_known_ones():
-    x, _, _ = tiny.samples()
+    x, _, _ = six_features.samples()
     with pytest.raises(ValueError, match="unknown bottleneck 'fc9'; the modules of Sequential: fc1, relu, classifier"):
-        make(tiny.network(), x, "fc9")
+        make(six_features.network(), x, "fc9")

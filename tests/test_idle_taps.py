@@ -14,9 +14,9 @@ from ffw_fast.flat_gates import FlatLayout
 from ffw_fast.gated_network import GatedNetwork
 from ffw_fast.gates import GateKind
 from ffw_fast.models import ResNet18
+from tests.small_images import BOTTLENECK, CLASSES, biased_set
 from tests.test_distributed import on_processes
 from tests.test_extract import SETTINGS, assert_held_together
-from tests.toy import BOTTLENECK, CLASSES, biased_set
 
 IDLE = {"on_one": 8 * 8 * 8, "to_one": 6 * 8 * 5}  # taps of 3 x 3 that meet nothing
 

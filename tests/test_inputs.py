@@ -19,7 +19,7 @@ from ffw_fast.data.samples import Samples
 from ffw_fast.inputs import as_samples, check_layers, check_model, prepare
 from ffw_fast.modules import mask_model
 from ffw_fast.settings import Settings
-from tests.tiny import BOTTLENECK, CLASSES, network, samples
+from tests.six_features import BOTTLENECK, CLASSES, network, samples
 
 SETTINGS = Settings(bottleneck=BOTTLENECK, num_bias_classes=CLASSES)
 

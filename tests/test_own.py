@@ -15,12 +15,12 @@ from ffw_fast.cli import main
 from ffw_fast.data.stream import Stream
 from ffw_fast.own import find_function, load_weights, options_in_file, own_workload
 from ffw_fast.runs.loading import load_run
-from tests.tiny import CLASSES, network, samples
+from tests.six_features import CLASSES, network, samples
 
 SHORT = ["--bottleneck", "relu", "--num-bias-classes", str(CLASSES), "--max-epochs", "2", "--batch-size", "10"]
 MODULE = """
 import torch
-from tests.tiny import network, samples
+from tests.six_features import network, samples
 
 def model():
     return network(seed=3)

@@ -12,7 +12,7 @@ import pytest
 from ffw_fast.extract import extract
 from ffw_fast.run_lock import LOCK, locked
 from ffw_fast.run_state import CHECKPOINT, RunState
-from tests.tiny import arguments, network, samples
+from tests.six_features import arguments, network, samples
 
 HOLD = """
 import os, sys, time

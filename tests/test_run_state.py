@@ -19,7 +19,7 @@ from ffw_fast.progress import Progress
 from ffw_fast.run_lock import LOCK
 from ffw_fast.run_state import ARRIVING, CHECKPOINT, PREVIOUS, Resumable, RunState, Snapshot
 from ffw_fast.version import __version__
-from tests.tiny import arguments, network, samples
+from tests.six_features import arguments, network, samples
 
 RUNS = [
     {"schedule": "published"},

@@ -11,7 +11,7 @@ from ffw_fast import extract, reference
 from ffw_fast.gates import GATES, GateKind
 from ffw_fast.precision import PRECISIONS
 from ffw_fast.settings import Settings
-from tests import tiny
+from tests.six_features import network, samples
 
 NEEDED = {"bottleneck": "pool", "num_bias_classes": 10}
 NOT_WHOLE = (1.0, True, "3", None)
@@ -97,6 +97,6 @@ def test_numbers_of_numpy_are_numbers():
 @pytest.mark.parametrize("function", [extract, reference.extract])
 def test_an_unknown_argument_is_named_beside_the_known_ones(function):
     with pytest.raises(TypeError, match="'gama'"):
-        function(tiny.network(), tiny.samples(), tiny.samples(), bottleneck="relu", num_bias_classes=3, gama=1.0)
+        function(network(), samples(), samples(), bottleneck="relu", num_bias_classes=3, gama=1.0)
     with pytest.raises(TypeError, match=r"unknown argument 'gama'; those of extract are: bottleneck, .*gamma"):
         Settings.of(**NEEDED, gama=1.0)

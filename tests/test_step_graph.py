@@ -13,7 +13,7 @@ from ffw_fast.inputs import Problem
 from ffw_fast.loop import Loop
 from ffw_fast.settings import Settings
 from ffw_fast.step_graph import WARM_UP_STEPS, StepGraph
-from tests import tiny
+from tests import six_features
 
 READS = {"item", "tolist", "numpy", "cpu", "__bool__", "__int__", "__float__", "__index__", "is_nonzero", "nonzero",
          "equal", "allclose", "unique", "masked_select"}  # fmt: skip
@@ -31,9 +31,9 @@ class NoHost(TorchFunctionMode):
 
 
 def loop_on(device, **changes):
-    samples = Samples(*(part.to(device) for part in tiny.samples()))
-    settings = Settings(tiny.BOTTLENECK, tiny.CLASSES, **{"batch_size": 10, **changes})
-    return Loop(Problem(settings, tiny.network().to(device), samples, samples, 8))
+    samples = Samples(*(part.to(device) for part in six_features.samples()))
+    settings = Settings(six_features.BOTTLENECK, six_features.CLASSES, **{"batch_size": 10, **changes})
+    return Loop(Problem(settings, six_features.network().to(device), samples, samples, 8))
 
 
 @pytest.fixture
@@ -191,14 +191,14 @@ def test_a_step_that_waits_for_the_device_is_not_captured(monkeypatch, waits):
 
 def two_runs(monkeypatch, device, schedule):
     """Scores of one extraction that may replay its steps and of one that may not; only a failed capture is an error."""
-    sets = [tuple(part.to(device) for part in tiny.samples(65, seed=seed)) for seed in (0, 1)]
-    arguments = tiny.arguments(schedule=schedule, max_epochs=3, device=device)
+    sets = [tuple(part.to(device) for part in six_features.samples(65, seed=seed)) for seed in (0, 1)]
+    arguments = six_features.arguments(schedule=schedule, max_epochs=3, device=device)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the task is so small that much is doubtful
         warnings.filterwarnings("error", message="the training step is not run")
-        replayed = extract(tiny.network(), *sets, **arguments)
+        replayed = extract(six_features.network(), *sets, **arguments)
         monkeypatch.setattr("ffw_fast.step_graph.WARM_UP_STEPS", 10**9)
-        eager = extract(tiny.network(), *sets, **arguments)
+        eager = extract(six_features.network(), *sets, **arguments)
     return replayed.scores, eager.scores
 
 

@@ -12,7 +12,7 @@ from ffw_fast import reference
 from ffw_fast.data import datasets
 from ffw_fast.data.stream import Stream
 from ffw_fast.inputs import as_samples
-from tests.tiny import CLASSES, arguments, network, samples
+from tests.six_features import CLASSES, arguments, network, samples
 
 
 class Items(Dataset):

@@ -172,7 +172,7 @@ from ffw_fast.data.samples import Samples
 from ffw_fast.inputs import Problem
 from ffw_fast.loop import Loop
 from ffw_fast.settings import Settings
-from tests import tiny
+from tests import six_features
 info = ffw_fast.backend_info()["cpu"]
 assert info["used"] == "triton" and "triton" not in sys.modules, info
 assert all(info["operators"][name] == "triton" for name in set(ops.DEFAULTS) - {"objective"})
@@ -187,9 +187,9 @@ y = model(x)
 y.square().sum().backward()
 scores = [layer.scores.grad.flatten().tolist() for layer in ffw_fast.masked_layers(model).values()]
 assert "triton" in sys.modules
-settings = Settings(tiny.BOTTLENECK, tiny.CLASSES, schedule="adaptive")
-samples = Samples(*tiny.samples())
-loop = Loop(Problem(settings, tiny.network(), samples, samples, 8))
+settings = Settings(six_features.BOTTLENECK, six_features.CLASSES, schedule="adaptive")
+samples = Samples(*six_features.samples())
+loop = Loop(Problem(settings, six_features.network(), samples, samples, 8))
 losses = [loop._step(*samples).tolist() for _ in range(2)]
 double = ops.gate_weight(*[torch.ones(3, dtype=torch.float64)] * 2, torch.tensor(1.0), torch.zeros(3).long(), 0)
 state = [loop.gates.scores.tolist(), loop.gates.temperature.item(), loop.heads.weight.flatten().tolist()]

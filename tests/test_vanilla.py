@@ -15,7 +15,7 @@ from ffw_fast.models import MLP, SimpleConvNet
 from ffw_fast.run_state import Checkpoints, RunState
 from ffw_fast.vanilla import Recipe, train_vanilla
 from ffw_fast.workloads import get_workload
-from tests import tiny
+from tests import six_features
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 ADAM = Recipe("adam", lr=1e-3, batch_size=64, epochs=10)
@@ -339,7 +339,7 @@ def test_a_loss_that_is_not_finite_keeps_the_last_good_checkpoint(tmp_path, monk
 
 def test_a_last_minibatch_of_one_sample_is_left_out_beside_batch_norm():
     model = nn.Sequential(nn.Flatten(), nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3))
-    data = tiny.samples(21)
+    data = six_features.samples(21)
     trained = train_vanilla(model, Samples(*data), Recipe("adam", lr=0.01, batch_size=10, epochs=2), seed=0)
     assert trained[2].num_batches_tracked == 4
 

