@@ -122,7 +122,8 @@ class Sizes:
 def color_splits(digits: SplitDigits, sizes: Sizes, coloring: Coloring, rhos: Sequence[float], *, seed: int) -> Splits:
     """The vanilla set with the given correlations, and the unbiased sets with colours drawn uniformly.
 
-    With fewer ``unbiased_digits`` than there are, all of them stay the pool that leakage is measured with.
+    Where a size or ``unbiased_digits`` leaves some of the training set out, all of it stays the pool that leakage is
+    measured with.
     """
 
     def colored(name: str, digits: Digits, size: int, rhos: Sequence[float]) -> Samples:
@@ -135,7 +136,8 @@ def color_splits(digits: SplitDigits, sizes: Sizes, coloring: Coloring, rhos: Se
     available = len(digits.train)
     distinct = check_count("unbiased_digits", sizes.unbiased_digits, available, most=available)
     train_size = check_count("unbiased_size", sizes.unbiased_size, distinct * sizes.unbiased_copies)
-    pool = colored_unbiased("pool", digits.train, available * sizes.unbiased_copies) if distinct < available else None
+    whole = available * sizes.unbiased_copies
+    pool = colored_unbiased("pool", digits.train, whole) if distinct < available or train_size < whole else None
     return Splits(
         colored("vanilla", digits.vanilla, vanilla_size, rhos),
         colored_unbiased("train", digits.train[:distinct], train_size),

@@ -9,7 +9,7 @@ import torch
 from ffw_fast.data.image_cache import cache_folder
 from ffw_fast.data.image_files import load_images
 from ffw_fast.data.pixels import Pixels
-from ffw_fast.data.samples import Samples, Splits, check_count, split_60_20_20
+from ffw_fast.data.samples import Samples, Splits, check_count, part_of, split_60_20_20
 from ffw_fast.seeding import random_order
 
 SIDE = 32  # pixels
@@ -61,11 +61,13 @@ def corrupted_cifar10(
     biased = _percent_folder(folder, PERCENT if percent is None else percent)
     vanilla = _shuffled(_find(biased / "align") + _find(biased / "conflict"), seed, "Corrupted CIFAR-10 vanilla")
     unbiased = _shuffled(_find(folder / "test"), seed, "Corrupted CIFAR-10 test")
-    train, val, test = (unbiased[part] for part in split_60_20_20(len(unbiased)))
+    parts = [unbiased[part] for part in split_60_20_20(len(unbiased))]
     vanilla = vanilla[: check_count("train_size", train_size, len(vanilla), most=len(vanilla))]
-    train = train[: check_count("unbiased_size", unbiased_size, len(train), most=len(train))]
+    first = slice(check_count("unbiased_size", unbiased_size, len(parts[0]), most=len(parts[0])))
     cache = cache_folder(cache_dir, folder)
-    return Splits(*(_load(paths, cache) for paths in (vanilla, train, val, test)))
+    biased_set, pool, val, test = (_load(paths, cache) for paths in (vanilla, *parts))
+    train = Samples(part_of(pool.x, first), pool.y[first], pool.b[first])
+    return Splits(biased_set, train, val, test, pool)
 
 
 def _percent_folder(folder: Path, percent: float) -> Path:

@@ -84,7 +84,7 @@ class Splits:
     """The biased set that the vanilla network learns from, None where it is trained already, and the unbiased ones.
 
     Attributes:
-        pool: all unbiased samples that heads may be fitted on to measure leakage, where ``train`` is but a few of them:
+        pool: all unbiased samples that heads may be fitted on to measure leakage, None where ``train`` is all of them:
             heads fitted on few samples read less than is there.
     """
 

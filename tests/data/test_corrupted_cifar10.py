@@ -52,6 +52,9 @@ def test_the_seed_and_the_sizes_decide(folder):
     assert torch.equal(few.vanilla.x.images, first.vanilla.x.images[:4])
     assert torch.equal(few.train.x.images, first.train.x.images[:5])
     assert torch.equal(few.test.x.images, first.test.x.images)
+    for splits in (few, first):
+        assert torch.equal(splits.for_heads.x.images, first.train.x.images), "leakage is measured with all of them"
+        assert torch.equal(splits.for_heads.b, first.train.b)
 
 
 def test_images_that_do_not_fit_are_decoded_into_the_folder_named(folder, tmp_path, monkeypatch):

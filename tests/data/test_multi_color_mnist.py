@@ -74,5 +74,9 @@ def test_options(splits):
     assert torch.equal(chosen.val.x, splits.val.x)
     assert digits(chosen.for_heads) == digits(splits.train), "leakage is measured with all digits of the pool"
     assert splits.pool is None and splits.for_heads is splits.train
+    few = multi_color_mnist(seed=4, train_size=100, unbiased_size=60)
+    assert len(few.train.y) == 60
+    assert len(few.for_heads.y) == 6000
+    assert digits(few.for_heads) == digits(splits.train)
     with pytest.raises(ValueError, match="unbiased_digits"):
         multi_color_mnist(unbiased_digits=0)
