@@ -1,5 +1,7 @@
 """What users hand in: every layout that is read, and everything about data and models that is refused."""
 
+import time
+
 import pytest
 import torch
 from hypothesis import given
@@ -171,6 +173,50 @@ def test_a_broken_sample_that_the_sampler_leaves_out_is_not_read():
     assert_equal(given, tuple(part[1:] for part in samples(20)))
 
 
+class Lazy(Dataset):
+    """Samples in a file that each worker opens for itself."""
+
+    def __init__(self, path, count):
+        self.path, self.count, self.file = path, count, None
+
+    def __len__(self):
+        return self.count
+
+    def __getitem__(self, index):
+        self.file = self.file or self.path.open("rb")
+        self.file.seek(4 * index)
+        time.sleep(1e-4)  # for another worker to move a place in the file that they share
+        return torch.frombuffer(bytearray(self.file.read(4)), dtype=torch.float32), 0, 0
+
+
+def test_a_file_that_workers_open_for_themselves_is_not_open_before(tmp_path):
+    expected = torch.arange(300.0)
+    (tmp_path / "data").write_bytes(expected.numpy().tobytes())
+    dataset = Lazy(tmp_path / "data", 300)
+    given = read(DataLoader(dataset, batch_size=10, num_workers=2))
+    assert dataset.file is None
+    assert torch.equal(given.x[:, 0], expected)
+
+
+class Opened(Items):
+    """Samples that can be read once a worker has opened them."""
+
+    is_open = False
+
+    def __getitem__(self, index):
+        assert self.is_open, "a file that is not open"
+        return super().__getitem__(index)
+
+    @staticmethod
+    def open(_worker):
+        torch.utils.data.get_worker_info().dataset.is_open = True
+
+
+def test_what_a_worker_opens_at_its_start_is_open():
+    loader = DataLoader(Opened(samples(20)), batch_size=8, num_workers=1, worker_init_fn=Opened.open)
+    assert_equal(read(loader), samples(20))
+
+
 def test_samples_may_have_names():
     class Named(Items):
         def __getitem__(self, name):
@@ -274,8 +320,8 @@ INF[3, 0] = -float("inf")
         (Stream((X[:0], Y[:0], B[:0])), ValueError, "train is empty"),
         (Items((X, Y, B), lambda index, x, y, b: x), TypeError, "train must yield .* got Tensor"),
         (Items((X, Y, B), lambda index, x, y, b: {"x": x}), TypeError, "train must yield .* got dict"),
-        (Items((X, Y, B), lambda index, x, y, b: (x,)), TypeError, "train must yield .* got tuple"),
-        (Items((X, Y, B), lambda index, x, y, b: (0, x, y, b, b)), TypeError, "train must yield .* got tuple"),
+        (Items((X, Y, B), lambda index, x, y, b: (x,)), TypeError, "train must yield .* of length 1"),
+        (Items((X, Y, B), lambda index, x, y, b: (0, x, y, b, b)), TypeError, "train must yield .* of length 5"),
         (Items((X, Y, B), lambda index, x, y, b: (x, y)), ValueError, r"train yields \(x, y\) without a bias"),
         (Items((X, Y, B), lambda index, x, y, b: (x, (y,))), ValueError, "train yields no bias label"),
         (Items((X, Y, B), lambda index, x, y, b: (x, y, y + 0.5)), TypeError, "train: b must hold integers"),

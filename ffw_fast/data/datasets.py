@@ -47,8 +47,9 @@ def read_dataset(data: Any, name: str) -> tuple[Inputs, Tensor, Tensor]:
     indices = list(chain.from_iterable(yielded)) if batched else yielded
     if not indices:
         raise ValueError(f"{name} is empty")
-    augments = _augments(loader, indices, name)
-    fits = _sample_bytes(loader, indices[0], name) * len(indices) <= memory_budget()
+    probes = _read_probes(loader, indices, name)
+    augments = not all(map(torch.equal, probes[::2], probes[1::2]))
+    fits = probes[0].nbytes * len(indices) <= memory_budget()
     if fits and not augments:
         return _keep(_read_anew(loader, **{"batch_sampler" if batched else "sampler": yielded}), name)
     if not batched:
@@ -106,31 +107,26 @@ def _seeded(sampler: Any) -> Iterator[None]:
             generator.set_state(state)
 
 
-def _read_anew(loader: DataLoader, **samplers: Sequence[Any]) -> DataLoader:
+def _read_anew(loader: DataLoader, **changes: Any) -> DataLoader:
     """A copy of a loader that is read in a given order, to the end, by no worker that has read before."""
     anew = copy.copy(loader)
     source = torch.Generator().manual_seed(0)
-    once = {"_iterator": None, "persistent_workers": False, "drop_last": False, "generator": source, **samplers}
+    once = {"_iterator": None, "persistent_workers": False, "drop_last": False, "generator": source, **changes}
     vars(anew).update(once)  # a DataLoader lets no one set them
     return anew
 
 
-def _augments(loader: DataLoader, indices: Sequence[Any], name: str) -> bool:
-    """Whether some sample is another one when it is read again."""
-    probes = [indices[probe * len(indices) // PROBES] for probe in range(PROBES)]
-    return not all(torch.equal(_read_one(loader, index, name), _read_one(loader, index, name)) for index in probes)
+def _read_probes(loader: DataLoader, indices: Sequence[Any], name: str) -> list[Tensor]:
+    """Inputs of some samples, each read twice, as minibatches of their own where the loader makes minibatches.
 
-
-def _read_one(loader: DataLoader, index: Any, name: str) -> Tensor:
-    """The input of one sample, as a minibatch of its own where the loader makes minibatches."""
-    item = loader.dataset[index]
-    x, _, _ = _parse(item, name, batched=False)
-    return x if loader.batch_sampler is None else _parse(loader.collate_fn([item]), name)[0]
-
-
-def _sample_bytes(loader: DataLoader, index: Any, name: str) -> int:
-    x = _read_one(loader, index, name)
-    return x.numel() * x.element_size()
+    Where the loader has workers, one reads them: workers that are forked from a process in which the Dataset has opened
+    its files would share its places in them.
+    """
+    twice = [indices[probe * len(indices) // PROBES] for probe in range(PROBES) for _ in range(2)]
+    batched = loader.batch_sampler is not None
+    order = {"batch_sampler": [[index] for index in twice]} if batched else {"sampler": twice}
+    probes = _read_anew(loader, num_workers=min(1, loader.num_workers), **order)
+    return [_parse(item, name, batched)[0] for item in _items(probes, name)]
 
 
 def _keep(loader: DataLoader, name: str, least: int | None = 1) -> tuple[Tensor, Tensor, Tensor]:
@@ -204,8 +200,10 @@ def _check_shape(given: tuple[int, ...], first: tuple[int, ...], label: str, nam
 
 
 def _parse(item: Any, name: str, batched: bool = True) -> tuple[Tensor, Tensor, Tensor]:
-    if not isinstance(item, Sequence) or not 2 <= len(item) <= 4:
+    if not isinstance(item, Sequence):
         raise TypeError(f"{name} must yield {LAYOUTS}, got {type(item).__name__}")
+    if not 2 <= len(item) <= 4:
+        raise TypeError(f"{name} must yield {LAYOUTS}, got {type(item).__name__} of length {len(item)}")
     if len(item) == 2:
         x, labels = item
         if not isinstance(labels, Sequence):
