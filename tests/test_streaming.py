@@ -5,7 +5,7 @@ import random
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import DataLoader, Dataset, IterableDataset, SubsetRandomSampler
+from torch.utils.data import DataLoader, Dataset, IterableDataset, SubsetRandomSampler, default_collate, get_worker_info
 
 import ffw_fast
 from ffw_fast import reference
@@ -35,6 +35,10 @@ DRAWS = {
     "numpy": lambda: 0.3 * torch.from_numpy(np.random.standard_normal(6)).float(),  # noqa: NPY002
     "python": lambda: torch.tensor([0.3 * random.gauss(0, 1) for _ in range(6)]),
 }
+
+
+def draw_shift():
+    return torch.randn(6)
 
 
 @pytest.fixture
@@ -117,6 +121,52 @@ def test_draws_depend_on_the_order_alone_and_not_on_workers_or_minibatches():
     other = torch.cat(list(streams[0].in_order(order).split(30)))
     assert torch.equal(torch.cat(list(streams[1].in_order(order).split(30))), other)
     assert not torch.isclose(other, first[order]).any()
+
+
+def noisy(items):
+    x, y, b = default_collate(items)
+    return x + torch.randn_like(x), y, b
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_what_is_collated_at_random_is_drawn_anew_in_every_pass_and_alike_in_every_run(workers):
+    data, state = samples(30), torch.get_rng_state()
+    loader = DataLoader(Items(data), batch_size=8, num_workers=workers, collate_fn=noisy)
+    x = as_samples(loader, "train", CLASSES).x
+    noise = torch.cat(list(x.split(8))) - data[0]
+    assert torch.equal(torch.get_rng_state(), state)
+    order = torch.arange(30).flip(0)
+    other = torch.cat(list(x.in_order(order).split(8))) - data[0][order]
+    assert not torch.isclose(noise, other, atol=1e-4).any()
+    torch.manual_seed(1)
+    assert torch.equal(torch.cat(list(x.split(8))) - data[0], noise)
+
+
+def test_a_sample_that_comes_twice_in_a_pass_is_drawn_twice():
+    x = as_samples(DataLoader(Items(samples(30), DRAWS["torch"]), sampler=[7] * 8), "train", CLASSES).x[:]
+    assert len(x.unique(dim=0)) == 8
+
+
+class Opened(Items):
+    """Augmented samples that can be read once a worker has opened them."""
+
+    is_open = False
+
+    def __getitem__(self, index):
+        assert get_worker_info().dataset is self
+        assert self.is_open, "a file that is not open"
+        return super().__getitem__(index)
+
+    @staticmethod
+    def open(_worker):
+        get_worker_info().dataset.is_open = True
+
+
+@pytest.mark.parametrize("context", ["fork", "spawn"])
+def test_workers_find_the_dataset_that_was_given(context):
+    data = Opened(samples(30), draw_shift)
+    loader = DataLoader(data, 8, num_workers=1, worker_init_fn=Opened.open, multiprocessing_context=context)
+    assert as_samples(loader, "train", CLASSES).augments
 
 
 def test_streams_are_read_alike_whatever_the_default_device_is():

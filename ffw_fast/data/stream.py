@@ -3,14 +3,14 @@
 import hashlib
 import random
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 
 @dataclass(frozen=True)
@@ -20,6 +20,7 @@ class Stream:
     Where the Dataset augments at random by the global generators of PyTorch, numpy or Python, every pass over it draws
     from a seed of its own, made of the order in which the pass visits the samples: another order gives other draws, the
     same order the same ones, whatever the minibatches and the number of workers, and the generators stay as they were.
+    What the collate function draws is the same for the same minibatches.
 
     Attributes:
         loader: whose Dataset, workers and collate function are used; its order is not.
@@ -87,17 +88,20 @@ def read_batches(loader: DataLoader, indices: Tensor, size: int, *, seeded: bool
     """What the loader collates of its Dataset's samples ``indices``, ``size`` at a time, by its workers.
 
     Args:
-        seeded: let every sample draw from a seed of its own, made of ``indices`` and its index.
+        seeded: let every sample, and every minibatch as it is collated, draw from a seed of its own, made of
+            ``indices`` and its place among them.
     """
-    dataset: Any = loader.dataset
+    dataset, collate, start_worker = loader.dataset, loader.collate_fn, loader.worker_init_fn
     if seeded:
-        dataset = _Seeded(dataset, hashlib.blake2b(indices.numpy().tobytes(), digest_size=8).hexdigest())
+        dataset = seeds = _Seeded(loader, indices)
+        collate, start_worker = seeds.collate, seeds.start_worker
+        indices = torch.arange(len(indices), device="cpu")
     batches = DataLoader(
         dataset,
         batch_sampler=[part.tolist() for part in indices.split(size)],
         num_workers=loader.num_workers,
-        collate_fn=loader.collate_fn,
-        worker_init_fn=loader.worker_init_fn,
+        collate_fn=collate,
+        worker_init_fn=start_worker,
         multiprocessing_context=loader.multiprocessing_context if loader.num_workers else None,
         prefetch_factor=loader.prefetch_factor,
         timeout=loader.timeout,
@@ -107,15 +111,30 @@ def read_batches(loader: DataLoader, indices: Tensor, size: int, *, seeded: bool
 
 
 class _Seeded(Dataset):
-    """A Dataset whose samples draw from seeds of their own."""
+    """A loader's samples by their places in a pass; each, and each minibatch of them, draws from a seed of its own."""
 
-    def __init__(self, dataset: Any, key: str) -> None:
-        self.dataset, self.key = dataset, key
+    def __init__(self, loader: DataLoader, indices: Tensor) -> None:
+        self.dataset, self.collate_fn, self.worker_init_fn = loader.dataset, loader.collate_fn, loader.worker_init_fn
+        self.indices = indices.tolist()
+        self.key = hashlib.blake2b(indices.numpy().tobytes(), digest_size=8).hexdigest()
 
-    def __getitem__(self, index: int) -> Any:
-        digest = hashlib.blake2b(f"{self.key} {index}".encode(), digest_size=8).digest()
-        with drawing_from(int.from_bytes(digest, "little") >> 1):
-            return self.dataset[index]
+    def __getitem__(self, place: int) -> tuple[int, Any]:
+        with self._drawing(f"{place}"):
+            return place, self.dataset[self.indices[place]]
+
+    def collate(self, items: list[tuple[int, Any]]) -> Any:
+        with self._drawing(f"from {items[0][0]}"):
+            return self.collate_fn([item for _, item in items])
+
+    def start_worker(self, number: int) -> None:
+        """The user's ``worker_init_fn``, which finds the user's Dataset in ``get_worker_info``."""
+        object.__setattr__(get_worker_info(), "dataset", self.dataset)  # it lets no one set it
+        if self.worker_init_fn is not None:
+            self.worker_init_fn(number)
+
+    def _drawing(self, what: str) -> AbstractContextManager[None]:
+        digest = hashlib.blake2b(f"{self.key} {what}".encode(), digest_size=8).digest()
+        return drawing_from(int.from_bytes(digest, "little") >> 1)
 
 
 @contextmanager
