@@ -198,6 +198,15 @@ def test_a_file_that_workers_open_for_themselves_is_not_open_before(tmp_path):
     assert torch.equal(given.x[:, 0], expected)
 
 
+def test_samples_come_in_the_samplers_order_whichever_worker_is_faster():
+    class Slow(Items):
+        def __getitem__(self, index):
+            time.sleep(0.1 if index < 8 else 0)
+            return super().__getitem__(index)
+
+    assert_equal(read(DataLoader(Slow(samples(32)), batch_size=8, num_workers=2, in_order=False)), samples(32))
+
+
 class Opened(Items):
     """Samples that can be read once a worker has opened them."""
 

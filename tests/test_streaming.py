@@ -236,6 +236,19 @@ class Breaking(Items):
         return (x / 0 if self.reads >= 100 else x), y, b
 
 
+class Halving(DataLoader):
+    def __iter__(self):
+        yield from ((x / 2, y, b) for x, y, b in super().__iter__())
+
+
+def test_a_loader_that_changes_what_it_yields_is_kept_and_not_streamed(monkeypatch):
+    loader = Halving(Items(samples(20)), batch_size=8)
+    assert torch.equal(as_samples(loader, "train", CLASSES).x, samples(20)[0] / 2)
+    monkeypatch.setattr(datasets, "memory_budget", lambda: 100)
+    with pytest.raises(ValueError, match="train is streamed, which leaves out what Halving does in its __iter__"):
+        as_samples(loader, "train", CLASSES)
+
+
 def test_what_cannot_be_streamed_is_refused(no_room):
     with pytest.raises(ValueError, match=r"train takes more than the 100 bytes .* cannot be streamed: give it as"):
         as_samples(Endless(), "train", CLASSES)

@@ -110,9 +110,9 @@ def _seeded(sampler: Any) -> Iterator[None]:
 def _read_anew(loader: DataLoader, **changes: Any) -> DataLoader:
     """A copy of a loader that is read in a given order, to the end, by no worker that has read before."""
     anew = copy.copy(loader)
+    once = {"_iterator": None, "persistent_workers": False, "drop_last": False, "in_order": True}
     source = torch.Generator().manual_seed(0)
-    once = {"_iterator": None, "persistent_workers": False, "drop_last": False, "generator": source, **changes}
-    vars(anew).update(once)  # a DataLoader lets no one set them
+    vars(anew).update(once, generator=source, **changes)  # a DataLoader lets no one set them
     return anew
 
 
@@ -153,6 +153,8 @@ def _keep(loader: DataLoader, name: str, least: int | None = 1) -> tuple[Tensor,
 
 def _stream(loader: DataLoader, chosen: Sequence[Any], name: str, augments: bool) -> tuple[Stream, Tensor, Tensor]:
     """One pass for labels and checks; the inputs are read again whenever they are wanted."""
+    if type(loader).__iter__ is not DataLoader.__iter__:
+        raise ValueError(f"{name} is streamed, which leaves out what {type(loader).__name__} does in its __iter__")
     if not all(isinstance(index, int) for index in chosen):
         raise TypeError(f"{name} is streamed, which needs samples that are numbered by integers")
     indices, fingerprint = torch.tensor(chosen), hashlib.blake2b(digest_size=16)
