@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ffw_fast.checks import check_integer
 from ffw_fast.copies import copy_of
 from ffw_fast.data.samples import EVALUATION_BATCH, Inputs, batches_of
 from ffw_fast.inputs import as_samples, check_device
@@ -77,8 +78,7 @@ def evaluate(
     Raises:
         ValueError, TypeError: bad data, a model that fails on it, or logits that do not fit it.
     """
-    if not isinstance(batch_size, int) or isinstance(batch_size, bool) or batch_size < 1:
-        raise ValueError(f"batch_size must be a whole number of at least 1, got {batch_size!r}")
+    check_integer("batch_size", batch_size, 1)
     if not isinstance(model, nn.Module):
         raise TypeError(f"the model must be a torch.nn.Module, got {type(model).__name__}")
     check_device(device)

@@ -11,6 +11,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ffw_fast.bise import BiasedObjective
 from ffw_fast.bottleneck import AtBottleneck, bottleneck_module
+from ffw_fast.checks import check_integer, check_number
 from ffw_fast.convolutions import cheapest_convolutions
 from ffw_fast.copies import copy_of
 from ffw_fast.data.samples import EVALUATION_BATCH, Inputs, Samples, batches_of
@@ -20,7 +21,7 @@ from ffw_fast.measure import accuracy
 from ffw_fast.modes import training_modes
 from ffw_fast.objective import Objective, objective
 from ffw_fast.seeding import FINETUNE_ORDERS, epoch_order
-from ffw_fast.settings import Settings, check_integer, check_number
+from ffw_fast.settings import Settings
 
 LR = 1e-3
 

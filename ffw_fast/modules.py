@@ -14,6 +14,7 @@ from torch.nn.utils import parametrize
 from ffw_fast import philox
 from ffw_fast.autograd import GatedConv2d, GatedLinear, GateWeight
 from ffw_fast.channels import ChannelGraph, ChannelMask
+from ffw_fast.checks import check_seed
 from ffw_fast.fusion import fuses
 from ffw_fast.gates import gate_kind
 from ffw_fast.parts import held_elsewhere, matching, replace_module
@@ -445,12 +446,6 @@ def _leave_fast_paths(model: nn.Module) -> None:
             part.activation_relu_or_gelu = 0  # known to none but the fused path, which 0 rules out
         elif isinstance(part, nn.TransformerEncoder) and masked_layers(part):
             part.use_nested_tensor = False
-
-
-def check_seed(seed: int) -> None:
-    """``ValueError`` for what is no seed: random gates keep it in 64 bits."""
-    if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**63:
-        raise ValueError(f"seed must be a whole number from 0 to 2**63 - 1, got {seed!r}")
 
 
 def check_granularity(granularity: str) -> None:

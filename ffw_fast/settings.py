@@ -1,14 +1,14 @@
 """Everything that a run is asked for, checked before any work is done."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any, Self
 
 import numpy as np
 
+from ffw_fast.checks import check_integer, check_number, check_seed, is_number
 from ffw_fast.gates import GateKind, gate_kind
-from ffw_fast.modules import check_granularity, check_seed
+from ffw_fast.modules import check_granularity
 from ffw_fast.precision import check_precision
 from ffw_fast.schedule import SCHEDULES
 
@@ -103,7 +103,7 @@ class Settings:
                 raise TypeError(f"{name} must be a list of numbers, got {type(value).__name__}")
             object.__setattr__(self, name, tuple(map(_plain, value)))
         for rho in self.correlations or ():
-            if not isinstance(rho, int | float) or isinstance(rho, bool) or not 0 < rho < 1:
+            if not is_number(rho) or not 0 < rho < 1:
                 raise ValueError(f"correlations must lie between 0 and 1, both excluded, got {rho!r}")
         for label in self.aligned or ():
             check_integer("aligned: a bias label", label, 0)
@@ -117,16 +117,3 @@ def _plain(value: Any) -> Any:
 
 
 DEFAULTS = {field.name: field.default for field in fields(Settings) if field.default is not MISSING}
-
-
-def check_number(name: str, value: Any, positive: bool) -> None:
-    """``ValueError`` unless the value is a finite number, above 0 or at least not below."""
-    number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    if not number or value < 0 or (positive and value == 0):
-        raise ValueError(f"{name} must be a {'positive' if positive else 'non-negative'} finite number, got {value!r}")
-
-
-def check_integer(name: str, value: Any, least: int) -> None:
-    """``ValueError`` unless the value is a whole number of at least ``least``."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}")

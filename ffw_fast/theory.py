@@ -17,6 +17,8 @@ import math
 import torch
 from torch import Tensor
 
+from ffw_fast.checks import check_integer, check_probability
+
 
 def information(joint: Tensor) -> float:
     """Mutual information in bits of the two variables of a joint distribution (rows, columns), by its definition.
@@ -150,8 +152,6 @@ def _f(x: float, y: float, z: float) -> float:
 
 
 def _check(classes: int, **probabilities: float) -> None:
-    if not isinstance(classes, int) or isinstance(classes, bool) or classes < 2:
-        raise ValueError(f"classes must be a whole number of at least 2, got {classes!r}")
+    check_integer("classes", classes, 2)
     for name, value in probabilities.items():
-        if not 0 <= value <= 1:  # a NaN fails the comparison
-            raise ValueError(f"{name} must be a probability from 0 to 1, got {value!r}")
+        check_probability(name, value)

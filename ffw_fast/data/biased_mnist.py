@@ -2,9 +2,10 @@
 
 import os
 
+from ffw_fast.checks import check_probability
 from ffw_fast.data.colors import PALETTE, Coloring, Sizes, SplitDigits, color_splits
 from ffw_fast.data.digits import SIDE, DigitPools, load_digits
-from ffw_fast.data.samples import Splits, check_count, check_probability, split_60_20_20
+from ffw_fast.data.samples import Splits, check_count, split_60_20_20
 
 SMALLEST_SIDE = 7  # pixels; digits are no longer legible below
 
@@ -44,7 +45,9 @@ def biased_mnist(
     """
     side = check_count("image_size", image_size, SIDE, SMALLEST_SIDE, SIDE)
     pools = load_digits(data_dir, seed=seed)
-    rho = check_probability("rho", rho, 0.99 if pools.full else 0.95)
+    if rho is None:
+        rho = 0.99 if pools.full else 0.95
+    check_probability("rho", rho)
     copies = (1, 1) if pools.full else (3, 5)
     sizes = Sizes(*copies, train_size, unbiased_size, unbiased_digits)
     palette = (PALETTE.float() / 255 - 0.5) / 0.5

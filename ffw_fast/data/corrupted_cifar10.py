@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from ffw_fast.checks import is_number
 from ffw_fast.data.image_cache import cache_folder
 from ffw_fast.data.image_files import load_images
 from ffw_fast.data.pixels import Pixels
@@ -71,8 +72,7 @@ def corrupted_cifar10(
 
 
 def _percent_folder(folder: Path, percent: float) -> Path:
-    number = isinstance(percent, (int, float)) and not isinstance(percent, bool)
-    if not number or not 0 < percent < 100:
+    if not is_number(percent) or not 0 < percent < 100:
         raise ValueError(f"percent must lie between 0 and 100, got {percent!r}")
     found = folder / f"{percent:g}pct"
     if not found.is_dir():

@@ -7,6 +7,7 @@ from typing import NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
+from ffw_fast.checks import check_integer
 from ffw_fast.data.pixels import Pixels
 from ffw_fast.data.stream import Stream
 
@@ -114,18 +115,5 @@ def check_count(name: str, value: int | None, default: int, least: int = 1, most
     """The option's value, or ``default`` for None; ``ValueError`` unless it is whole and in the range."""
     if value is None:
         return default
-    whole = isinstance(value, int) and not isinstance(value, bool)
-    if not whole or value < least or (most is not None and value > most):
-        expected = f"at least {least}" if most is None else f"from {least} to {most}"
-        raise ValueError(f"{name} must be a whole number {expected}, got {value!r}")
+    check_integer(name, value, least, most)
     return value
-
-
-def check_probability(name: str, value: float | None, default: float) -> float:
-    """The option's value, or ``default`` for None; ``ValueError`` unless it lies in [0, 1]."""
-    if value is None:
-        return default
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not number or not 0 <= value <= 1:  # a NaN fails the comparison
-        raise ValueError(f"{name} must be a probability from 0 to 1, got {value!r}")
-    return float(value)

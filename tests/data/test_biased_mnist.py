@@ -78,7 +78,7 @@ def test_options(splits):
         ({"rho": 1.5}, "rho must be a probability from 0 to 1, got 1.5"),
         ({"image_size": 6}, "image_size must be a whole number from 7 to 28, got 6"),
         ({"image_size": 29}, "from 7 to 28"),
-        ({"train_size": 0}, "train_size must be a whole number at least 1, got 0"),
+        ({"train_size": 0}, "train_size must be a whole number of at least 1, got 0"),
         ({"unbiased_size": -1}, "unbiased_size"),
         ({"unbiased_digits": 601}, "unbiased_digits must be a whole number from 1 to 600, got 601"),
     ],
