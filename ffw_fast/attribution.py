@@ -34,17 +34,26 @@ def attribution(model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
     ]
     with torch.enable_grad():
         try:
-            logits = model(x)
+            logits = model(x.clone())  # a copy, which it may overwrite
         finally:
             for hook in hooks:
                 hook.remove()
-        planes = [output for output in outputs if output.dim() == 4 and output[0, 0].numel() > 1]
-        activations = planes[-1] if planes else x
         predictions = logits.argmax(1)
-        (gradient,) = torch.autograd.grad(logits.gather(1, predictions.unsqueeze(1)).sum(), activations)
-    weights = gradient.mean((2, 3), keepdim=True) if planes else gradient
+        predicted = logits.gather(1, predictions.unsqueeze(1)).sum()
+        planes = [output for output in outputs if output.dim() == 4 and output[0, 0].numel() > 1]
+        activations, gradient = _last_with_gradient(predicted, [x, *(plane for plane in planes if plane.requires_grad)])
+    weights = gradient if activations is x else gradient.mean((2, 3), keepdim=True)
     maps = (weights * activations).sum(1).clamp_min(0).detach()
     return maps / maps.amax((1, 2), keepdim=True).clamp_min(torch.finfo(maps.dtype).tiny), predictions
+
+
+def _last_with_gradient(output: Tensor, tensors: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """The last of the tensors that the output depends on, with its gradient; if there is none, the first and zeros."""
+    if not output.requires_grad:
+        return tensors[0], torch.zeros_like(tensors[0])
+    gradients = torch.autograd.grad(output, tensors, allow_unused=True)
+    found = [pair for pair in zip(tensors, gradients, strict=True) if pair[1] is not None]
+    return found[-1] if found else (tensors[0], torch.zeros_like(tensors[0]))
 
 
 def conflicting_examples(samples: Samples, count: int = EXAMPLE_COUNT) -> Samples:
@@ -74,6 +83,6 @@ def explain(networks: Mapping[str, nn.Module], samples: Samples) -> dict[str, Te
     x = chosen.x[torch.arange(len(chosen.y), device="cpu")].float()
     found = {"x": x, "y": chosen.y, "b": chosen.b}
     for name, network in networks.items():
-        device = next(network.parameters()).device
-        found[f"{name}.map"], found[f"{name}.prediction"] = attribution(network, x.to(device))
+        weight = next(network.parameters())
+        found[f"{name}.map"], found[f"{name}.prediction"] = attribution(network, x.to(weight.device, weight.dtype))
     return {name: tensor.detach().contiguous().cpu() for name, tensor in found.items()}

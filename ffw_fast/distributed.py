@@ -324,12 +324,12 @@ class Group(Alone):
         return tensor
 
     def _size(self, count: int, rank: int) -> int:
-        """How many of so many rows are that process's."""
-        return (rank + 1) * count // self.count - rank * count // self.count
+        """How many of so many rows are that process's: of fewer rows, no process has more of them."""
+        return count // self.count + (rank < count % self.count)
 
     def _share(self, count: int) -> slice:
         """The rows that this process computes: its own, or where it has none, one that counts nothing."""
-        start = self.rank * count // self.count
+        start = sum(self._size(count, rank) for rank in range(self.rank))
         return slice(min(start, count - 1), min(start, count - 1) + max(1, self._size(count, self.rank)))
 
     def _all_reduce(self, tensor: Tensor) -> None:

@@ -160,12 +160,8 @@ def extract_by(
     """The same by settings that were checked already; ``begin`` as for ``RunState``."""
     if resume and run_dir is None:
         raise ValueError("resume needs run_dir, the folder that holds the checkpoint")
-    group = processes(shard)
-    if (size := settings.batch_size) < group.count:
-        raise ValueError(f"batch_size must be at least the number of processes, {group.count}, got {size}")
-    is_ffw = settings.method == "ffw"
-    if group.count > 1 and not is_ffw:
-        raise ValueError(f"method {settings.method!r} runs on one process, not on {group.count}; 'ffw' runs on several")
+    group, is_ffw = processes(shard), settings.method == "ffw"
+    check_processes(settings, group.count)
     group.together(lambda: check_device(device))
     problem = group.together(lambda: prepare(model, train, val, settings))
     target = torch.device(device) if device is not None else next(model.parameters()).device
@@ -186,6 +182,14 @@ def extract_by(
         with group.together(lambda: RunState(run_dir, identity, resume, begin=begin)) as state:
             loop.run(state, shown)
     return loop.extraction(model)
+
+
+def check_processes(settings: Settings, count: int) -> None:
+    """``ValueError`` for what so many processes cannot extract together."""
+    if settings.batch_size < count:
+        raise ValueError(f"batch_size must be at least the number of processes, {count}, got {settings.batch_size}")
+    if count > 1 and settings.method != "ffw":
+        raise ValueError(f"method {settings.method!r} runs on one process, not on {count}; 'ffw' runs on several")
 
 
 def computing(device: torch.device) -> dict[str, Any]:

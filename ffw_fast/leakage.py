@@ -65,10 +65,10 @@ def _known(value: float) -> float | None:
 
 
 def _outputs(network: nn.Module, bottleneck: str, x: Inputs) -> tuple[Tensor, Tensor]:
-    """Logits (n, C) and features (n, D) of all samples."""
+    """Logits (n, C) and features (n, D) of all samples, in float32, which heads learn in."""
     parts = [outputs_of(network, bottleneck, batch) for batch in x.split(EVALUATION_BATCH)]
     logits, features = zip(*parts, strict=True)
-    return torch.cat(logits), torch.cat(features).flatten(1)
+    return torch.cat(logits).float(), torch.cat(features).flatten(1).float()
 
 
 def information_floor(head_logits: Tensor, b: Tensor, seed: int) -> list[float]:

@@ -36,18 +36,26 @@ def locked(folder: Path) -> Iterator[None]:
     if _holders.get(folder) == me or fcntl is None:
         yield
         return
-    if folder in _holders:
+    with _hold(folder, me):
+        opened = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            _lock(opened, folder)
+            os.ftruncate(opened, 0)
+            os.write(opened, f"process {os.getpid()} on {socket.gethostname()}".encode())
+            yield
+        finally:
+            os.close(opened)  # this gives the lock back
+
+
+@contextmanager
+def _hold(folder: Path, thread: int) -> Iterator[None]:
+    """Keep other threads out, to whom the system would give the lock of their own process."""
+    if _holders.setdefault(folder, thread) != thread:  # looks and takes at once
         raise BlockingIOError(f"the run folder {folder} is in use by another thread of this process")
-    opened = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
     try:
-        _lock(opened, folder)
-        _holders[folder] = me
-        os.ftruncate(opened, 0)
-        os.write(opened, f"process {os.getpid()} on {socket.gethostname()}".encode())
         yield
     finally:
-        _holders.pop(folder, None)
-        os.close(opened)  # this gives the lock back
+        del _holders[folder]
 
 
 def _lock(opened: int, folder: Path) -> None:

@@ -33,6 +33,31 @@ def test_without_convolutions_it_is_gradient_times_input():
     torch.testing.assert_close(maps, expected / expected.amax((1, 2), keepdim=True).clamp_min(1e-30))
 
 
+class Aside(nn.Module):
+    """A convolution whose output nobody reads behind one that somebody does, and an input that is overwritten."""
+
+    def __init__(self, frozen: bool) -> None:
+        super().__init__()
+        self.conv, self.aside, self.fc, self.frozen = nn.Conv2d(3, 2, 3), nn.Conv2d(2, 2, 3), nn.Linear(72, 3), frozen
+
+    def forward(self, x):
+        with torch.set_grad_enabled(not self.frozen):
+            h = self.conv(x.sub_(0.5))
+            self.aside(h)
+        return self.fc(h.flatten(1))
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_networks_that_gradients_do_not_run_through_everywhere(frozen):
+    torch.manual_seed(0)
+    x = torch.randn(4, 3, 8, 8)
+    before = x.clone()
+    maps, _ = attribution(Aside(frozen), x)
+    assert torch.equal(x, before)
+    assert maps.shape == ((4, 8, 8) if frozen else (4, 6, 6))
+    assert (maps == 0).all() == frozen
+
+
 def test_a_network_that_answers_always_the_same_has_empty_maps():
     model = nn.Sequential(nn.Conv2d(3, 2, 3), nn.Flatten(), nn.Linear(2 * 36, 3))
     nn.init.zeros_(model[2].weight)

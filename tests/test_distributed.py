@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -223,6 +224,18 @@ class _OneOf(Alone):
 
     def own(self, gates: int) -> slice:
         return self._own
+
+
+def test_no_process_has_more_of_a_shorter_minibatch():
+    """Its inputs are split by its share of a full one."""
+    for processes_ in range(1, 9):
+        group = SimpleNamespace(count=processes_)
+        before = [0] * processes_
+        for count in range(1, 3 * processes_ + 2):
+            sizes = [Group._size(group, count, rank) for rank in range(processes_)]
+            assert sum(sizes) == count
+            assert all(now >= less for now, less in zip(sizes, before, strict=True))
+            before = sizes
 
 
 @pytest.mark.parametrize("kind", list(GateKind))

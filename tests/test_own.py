@@ -34,6 +34,21 @@ def data():
 def two():
     return samples(40), samples(20, seed=1)
 
+def double():
+    return network(seed=3).double()
+
+class Tied(torch.nn.Module):  # two names for one bias, and a state that is no tensor
+    def __init__(self):
+        super().__init__()
+        self.fc1, self.relu, self.classifier = network(seed=3)
+        self.also = self.fc1.bias
+    def forward(self, x):
+        return self.classifier(self.relu(self.fc1(x)))
+    def get_extra_state(self):
+        return {"version": 1}
+    def set_extra_state(self, state):
+        assert state == {"version": 1}
+
 def halves():
     return tuple((x.half(), y, b) for x, y, b in data())
 
@@ -168,6 +183,13 @@ def test_a_test_set_that_does_not_fit_is_refused_before_the_extraction(data, mes
     monkeypatch.setattr("ffw_fast.runs.run.extract_by", lambda *_, **__: pytest.fail("extracted"))
     assert run("--model", "mine:model", "--data", f"mine:{data}") == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("model", ["double", "Tied"])
+def test_models_of_other_state(model):
+    assert run("--model", f"mine:{model}", "--data", "mine:data") == 0
+    found = load_run("out", model=f"mine:{model}")
+    assert ffw_fast.evaluate(found.model(), samples(30, seed=2)).average > 0
 
 
 def test_data_in_half_precision():

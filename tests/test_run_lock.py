@@ -98,6 +98,31 @@ def test_the_same_thread_may_ask_again_and_another_may_not(tmp_path):
     assert len(refused) == 1
 
 
+def test_of_threads_that_ask_at_the_same_time_one_gets_it(tmp_path, monkeypatch):
+    started, opened, holding = threading.Barrier(2), os.open, []
+
+    def open_slowly(*arguments):  # lets the other thread come as far
+        time.sleep(0.1)
+        return opened(*arguments)
+
+    def ask():
+        started.wait()
+        try:
+            with locked(tmp_path):
+                holding.append(threading.get_ident())
+                time.sleep(0.3)
+        except BlockingIOError:
+            pass
+
+    monkeypatch.setattr(os, "open", open_slowly)
+    threads = [threading.Thread(target=ask) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(holding) == 1
+
+
 def test_an_error_gives_the_lock_back(tmp_path):
     with pytest.raises(ZeroDivisionError), RunState(tmp_path, {}, resume=False):
         raise ZeroDivisionError

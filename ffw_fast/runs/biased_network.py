@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ffw_fast.copies import state_tensors
 from ffw_fast.data.samples import Samples, Splits
 from ffw_fast.distributed import Alone
 from ffw_fast.files import digest, read_json, read_tensors, write_json, write_tensors
@@ -14,7 +15,7 @@ from ffw_fast.inputs import check_device
 from ffw_fast.progress import Progress
 from ffw_fast.run_lock import locked
 from ffw_fast.run_state import RunState
-from ffw_fast.runs.request import Request, vanilla_identity, vanilla_options
+from ffw_fast.runs.request import Request, config_of, vanilla_identity, vanilla_options
 from ffw_fast.runs.writing import (
     STAGING,
     VANILLA,
@@ -22,6 +23,7 @@ from ffw_fast.runs.writing import (
     VANILLA_RECORD,
     check_folder,
     check_own,
+    check_resumed,
     clear_results,
     remove_leftovers,
 )
@@ -40,13 +42,15 @@ def prepare_vanilla(request: Request, progress: Progress) -> None:
     check_folder(request.out)
     check_own(request.out)
     with locked(request.out), progress:
+        if request.resume:
+            check_resumed(request.out, config_of(request))
         remove_leftovers(request.out)
         progress.stage("data")
         splits = request.workload.load(request.data_dir, request.seed, **vanilla_options(request))
         model = trained_vanilla(request, splits, progress)
         if is_given(request, splits):
             kept = _kept_vanilla(request.out, _record(request, splits))
-            if kept is None or _digest(kept) != _digest(model.state_dict()):  # what is there is of another network
+            if kept is None or _digest(kept) != _digest(state_tensors(model)):  # what is there is of another network
                 clear_results(request.out)
             keep_vanilla(request, splits, model)
 
@@ -56,7 +60,7 @@ def shared_vanilla(request: Request, splits: Splits, progress: Progress, group: 
     vanilla = group.together(lambda: group.first(lambda: trained_vanilla(request, splits, progress)))
     if vanilla is None:
         vanilla = request.workload.build_model(request.seed).to(request.device or "cpu").eval()
-    group.copy_(*vanilla.state_dict().values())
+    group.copy_(*state_tensors(vanilla).values())
     return vanilla
 
 
@@ -124,7 +128,9 @@ def _kept_vanilla(out: Path, record: dict[str, Any]) -> dict[str, Tensor] | None
 def keep_vanilla(request: Request, splits: Splits, model: nn.Module) -> None:
     """Write the biased network into the run folder, with a record of how it came to be."""
     out, record = request.out, _record(request, splits)
-    weights = {name: value.contiguous().cpu() for name, value in model.state_dict().items()}
+    weights = {
+        name: value.clone(memory_format=torch.contiguous_format).cpu() for name, value in state_tensors(model).items()
+    }
     with TemporaryDirectory(dir=out, prefix=STAGING) as staging:
         write_tensors(Path(staging) / VANILLA, weights)
         write_json(Path(staging) / VANILLA_RECORD, {**record, "weights": _digest(weights)})

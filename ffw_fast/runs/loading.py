@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from torch import nn
+from torch import Tensor, nn
 
 from ffw_fast import own
 from ffw_fast.extraction import CONFIG, SCORES, Extraction
@@ -32,8 +32,9 @@ def load_run(folder: str | os.PathLike[str], model: str | None = None) -> Extrac
     config = read_json(folder / CONFIG)
     network = _network_of_run(folder, str(config.get("workload")), model)  # its weights are read below
     weights, _ = read_tensors(folder / VANILLA)
+    beside = {name: value for name, value in network.state_dict().items() if not isinstance(value, Tensor)}
     try:
-        network.load_state_dict(weights)
+        network.load_state_dict({**beside, **weights})
     except RuntimeError as error:
         raise ValueError(f"{folder / VANILLA} does not fit {type(network).__name__}: {error}") from error
     return Extraction.load(folder, network.eval())

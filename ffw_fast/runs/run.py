@@ -12,11 +12,13 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from ffw_fast.bise import BiasedObjective
+from ffw_fast.bottleneck import outputs_of
 from ffw_fast.channels import ChannelGraph
 from ffw_fast.data.datasets import stream_note
 from ffw_fast.data.samples import Samples, Splits
 from ffw_fast.distributed import Alone, processes
-from ffw_fast.extract import extract_by
+from ffw_fast.extract import check_processes, extract_by
 from ffw_fast.extraction import CONFIG, METRICS, Extraction, sparsity, weight_sparsity
 from ffw_fast.files import read_json, write_json
 from ffw_fast.inputs import check_device, check_test, prepare
@@ -58,6 +60,7 @@ def run_workload(request: Request, progress: Progress) -> dict[str, Any]:
         KeyboardInterrupt: see above.
     """
     group = processes()
+    check_processes(request.settings, group.count)
     config = config_of(request)
     group.together(lambda: check_device(request.device))
     with ExitStack() as stack:
@@ -188,7 +191,12 @@ def extraction_task(request: Request, splits: Splits) -> Task:
 def check_task(task: Task, test: Samples, model: nn.Module) -> None:
     """The errors of ``extract`` where data and settings do not fit a model of this kind, and those of the test set."""
     settings = task.settings
-    check_test(prepare(model, task.train, task.val, settings), test)
+    problem = prepare(model, task.train, task.val, settings)
+    check_test(problem, test)
+    if settings.method == "bise":
+        weight = next(model.parameters())
+        logits, _features = outputs_of(model.eval(), settings.bottleneck, problem.train.x[:2].to(weight.device))
+        BiasedObjective.from_settings(settings, problem.train, logits.shape[1])
     if settings.granularity == "channel":
         ChannelGraph(model.eval(), settings.where).check_bottleneck(settings.bottleneck)
 

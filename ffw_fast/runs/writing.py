@@ -1,11 +1,14 @@
 """What a run writes into its folder: all of it or nothing, and never over what another run left before it has more."""
 
 import shutil
+import warnings
 from collections.abc import Iterable
 from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
+
+from torch import Tensor
 
 from ffw_fast.attribution import explain
 from ffw_fast.data.samples import Samples
@@ -78,15 +81,24 @@ def clear_results(out: Path) -> None:
         (out / name).unlink(missing_ok=True)
 
 
+def _examples(found: Extraction, test: Samples) -> dict[str, Tensor]:
+    """Where both networks look; none where they cannot be asked, which is no reason to lose an extraction."""
+    try:
+        return explain({"vanilla": found.dense_model.eval(), "pruned": found.model()}, test)
+    except Exception as error:  # whatever the model's own code raises
+        warnings.warn(f"no pictures of what the networks look at: {type(error).__name__}: {error}", stacklevel=2)
+        return {}
+
+
 def write_results(out: Path, found: Extraction, config: dict[str, Any], metrics: dict[str, Any], test: Samples) -> None:
     """Write the extraction and the run's own records beside it, then move all of it into the folder at once."""
     with TemporaryDirectory(dir=out, prefix=STAGING) as staging:
         found.save(staging)
-        if examples := explain({"vanilla": found.dense_model.eval(), "pruned": found.model()}, test):
+        if examples := _examples(found, test):
             write_tensors(Path(staging) / EXAMPLES, examples)
         write_json(Path(staging) / CONFIG, config)
         write_json(Path(staging) / METRICS, metrics)
-        for name in OF_THE_NETWORK:  # as it was before
+        for name in (METRICS, *OF_THE_NETWORK):  # of what it was before; metrics come last, and tell that all is there
             (out / name).unlink(missing_ok=True)
         for path in sorted(Path(staging).iterdir(), key=lambda path: path.name == METRICS):  # it comes last
             path.replace(out / path.name)

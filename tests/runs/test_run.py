@@ -19,7 +19,7 @@ from ffw_fast.progress import Progress
 from ffw_fast.run_lock import LOCK
 from ffw_fast.runs.biased_network import prepare_vanilla
 from ffw_fast.runs.request import Request, config_of, vanilla_identity, vanilla_options
-from ffw_fast.runs.run import run_workload
+from ffw_fast.runs.run import is_finished, run_workload
 from ffw_fast.runs.writing import VANILLA_CHECKPOINTS
 from ffw_fast.workloads import get_workload
 
@@ -228,6 +228,52 @@ def test_a_checkpoint_of_another_vanilla_network_is_not_used(tmp_path):
     with pytest.warns(UserWarning, match=r"vanilla.checkpoint.* another run: recipe was .* and is now .* beginning"):
         run_workload(request_for(tmp_path, vanilla_epochs=2), ticks)
     assert ticks.epochs == [1, 2]
+
+
+def test_what_bise_does_not_take_is_refused_before_another_network_is_trained(finished, monkeypatch):
+    before, stages = contents(finished), Stages()
+    bise = {"method": "bise", "max_epochs": 1}
+    for changes, message in (
+        ({"correlations": (0.9,)}, "got 1 correlations for 2 biases"),
+        ({"aligned": (0, 1)}, "aligned must hold 10 bias labels"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            run_workload(request_for(finished, seed=1, extraction={**bise, **changes}), stages)
+    assert "vanilla training" not in stages.seen
+    assert contents(finished) == before
+
+
+def test_the_biased_network_of_another_run_is_not_put_beside_its_results(finished):
+    before = contents(finished)
+    with pytest.raises(ValueError, match="seed was 0 and is now 1"):
+        prepare_vanilla(request_for(finished, seed=1, resume=True), Progress())
+    assert contents(finished) == before
+
+
+def test_a_kill_while_results_move_leaves_no_metrics_of_others(finished, monkeypatch):
+    move = Path.replace
+
+    def killed(path, target):
+        if Path(target).name == "history.csv":
+            raise MemoryError
+        return move(path, target)
+
+    monkeypatch.setattr(Path, "replace", killed)
+    request = request_for(finished, extraction={"max_epochs": 3})
+    with pytest.raises(MemoryError):
+        run_workload(request, Progress())
+    assert not (finished / "metrics.json").exists()
+    assert not is_finished(request)
+
+
+def test_an_extraction_is_kept_where_its_pictures_cannot_be_made(tmp_path, monkeypatch):
+    def fails(*_):
+        raise RuntimeError("no gradient")
+
+    monkeypatch.setattr("ffw_fast.runs.writing.explain", fails)
+    with pytest.warns(UserWarning, match="no pictures of what the networks look at: RuntimeError: no gradient"):
+        run_workload(request_for(tmp_path), Progress())
+    assert {"metrics.json", "scores.safetensors"} <= set(contents(tmp_path))
 
 
 def test_what_a_kill_left_beside_a_finished_vanilla_network_is_removed(finished):
