@@ -1,9 +1,9 @@
 """Decoded images in a file that is built once, verified by its checksum and mapped into every process that reads it."""
 
+import errno
 import hashlib
 import json
 import os
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,7 +31,8 @@ def mapped_images(
     """uint8 images of that shape, mapped from a file in the cache; decoded into it where it is not there, or damaged.
 
     The file is named after the paths, sizes and dates of the image files, so that other images get a file of their own.
-    Processes that want the same file at the same time wait for the first one.
+    Processes that want the same file at the same time wait for the first one. A whole one is used even in a folder that
+    one may only read.
 
     Raises:
         OSError: the folder cannot be written, or its disk has no room.
@@ -39,16 +40,19 @@ def mapped_images(
     size = torch.Size(shape).numel()
     name = _name(paths, shape)
     file, record = cache_dir / f"{name}.uint8", cache_dir / f"{name}.json"
-    with _locked(cache_dir, name):
-        if not _is_whole(file, record, size):
-            _check_room(cache_dir, size)
-            temporary = file.with_suffix(".tmp")
-            images = torch.from_file(str(temporary), shared=True, size=size, dtype=torch.uint8).view(shape)
-            decode_into(images, paths)
-            del images
-            checksum = _checksum(temporary)
-            temporary.replace(file)
-            record.write_text(json.dumps({"shape": list(shape), "blake2b": checksum}) + "\n")
+    if not _is_whole(file, record, size):
+        with _locked(cache_dir, name):
+            if not _is_whole(file, record, size):  # still, now that no other process makes it
+                temporary = file.with_suffix(".tmp")
+                for leftover in (file, temporary):
+                    leftover.unlink(missing_ok=True)
+                _reserve(temporary, size)
+                images = torch.from_file(str(temporary), shared=True, size=size, dtype=torch.uint8).view(shape)
+                decode_into(images, paths)
+                del images
+                checksum = _checksum(temporary)
+                temporary.replace(file)
+                record.write_text(json.dumps({"shape": list(shape), "blake2b": checksum}) + "\n")
     return torch.from_file(str(file), shared=False, size=size, dtype=torch.uint8).view(shape)
 
 
@@ -69,20 +73,29 @@ def _locked(cache_dir: Path, name: str) -> Iterator[None]:
         with (cache_dir / f"{name}.lock").open("w") as file:
             fcntl.flock(file, fcntl.LOCK_EX)  # let go of when the process ends, however it does
             yield
-    except PermissionError as error:
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise
         raise PermissionError(
             f"the images do not fit into memory and the cache of decoded images {cache_dir} cannot be written: "
             "name another folder as cache_dir (--cache-dir), or load fewer (--train-size)"
         ) from error
 
 
-def _check_room(cache_dir: Path, size: int) -> None:
-    free = shutil.disk_usage(cache_dir).free
-    if free < size:
+def _reserve(file: Path, size: int) -> None:
+    """A file of that size that has its room on the disk: to write to a mapped one that has none kills the process."""
+    descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        os.posix_fallocate(descriptor, 0, size)
+    except OSError as error:
+        file.unlink()
         raise OSError(
-            f"the images take {describe_bytes(size)} decoded, more than fits into memory, and {cache_dir} has room for "
-            f"{describe_bytes(free)}: name another folder as cache_dir (--cache-dir), or load fewer (--train-size)"
-        )
+            f"the images take {describe_bytes(size)} decoded, more than fits into memory, and {file.parent} has no "
+            f"room for them ({error.strerror}): name another folder as cache_dir (--cache-dir), or load fewer "
+            "(--train-size)"
+        ) from error
+    finally:
+        os.close(descriptor)
 
 
 def _is_whole(file: Path, record: Path, size: int) -> bool:

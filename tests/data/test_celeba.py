@@ -1,7 +1,9 @@
 """CelebA from small generated folders in its publishers' layout."""
 
+import errno
+import os
 import shutil
-from types import SimpleNamespace
+import stat
 
 import pytest
 import torch
@@ -93,9 +95,44 @@ def test_images_that_do_not_fit_are_decoded_once_into_a_file(folder, tmp_path, m
 
 def test_a_cache_without_room_is_refused(folder, tmp_path, monkeypatch):
     monkeypatch.setattr("ffw_fast.data.image_files.memory_budget", lambda: 0)
-    monkeypatch.setattr("ffw_fast.data.image_cache.shutil.disk_usage", lambda _: SimpleNamespace(free=0))
-    with pytest.raises(OSError, match=r"49.2 kB decoded, more than fits into memory, and .*--cache-dir"):
+
+    def fill(*_arguments):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("os.posix_fallocate", fill)
+    with pytest.raises(OSError, match=r"49.2 kB decoded, more than fits .* no room for them \(No space .*--cache-dir"):
         celeba(folder, cache_dir=str(tmp_path), **SMALL)
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_what_a_killed_process_left_does_not_stay(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("ffw_fast.data.image_files.memory_budget", lambda: 0)
+    celeba(folder, cache_dir=str(tmp_path), **SMALL)
+    for file in tmp_path.glob("*.uint8"):
+        leftover = file.rename(file.with_suffix(".tmp"))
+        leftover.write_bytes(leftover.read_bytes() + b"of another size")
+    expected = celeba(folder, cache_dir=str(tmp_path), **SMALL)
+    monkeypatch.setattr("ffw_fast.data.image_files._decode", lambda *_: pytest.fail("decoded again"))
+    again = celeba(folder, cache_dir=str(tmp_path), **SMALL)
+    assert torch.equal(again.vanilla.x.images, expected.vanilla.x.images)
+    assert {path.suffix for path in tmp_path.iterdir()} == {".uint8", ".json", ".lock"}
+
+
+def test_a_whole_cache_may_be_shared_and_only_read(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("ffw_fast.data.image_files.memory_budget", lambda: 0)
+    before = os.umask(0o022)
+    expected = celeba(folder, cache_dir=str(tmp_path), **SMALL)
+    os.umask(before)
+    assert {stat.S_IMODE(file.stat().st_mode) for file in tmp_path.iterdir()} == {0o644}
+
+    def refuse(*_arguments, **_options):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr("pathlib.Path.mkdir", refuse)
+    again = celeba(folder, cache_dir=str(tmp_path), **SMALL)
+    assert torch.equal(again.vanilla.x.images, expected.vanilla.x.images)
+    with pytest.raises(PermissionError, match=r"cannot be written: name another folder as cache_dir"):
+        celeba(folder, cache_dir=str(tmp_path / "other"), **SMALL)
 
 
 def test_without_a_folder_or_its_files_it_says_where_to_get_them(tmp_path):
