@@ -20,6 +20,7 @@ from ffw_fast.modes import evaluation_mode
 from ffw_fast.modules import maskable_layers, masked_layers
 from ffw_fast.settings import Settings
 
+PIECE = 1 << 24  # bytes of inputs that are checked at a time, since a check makes copies
 LOOP_DTYPES = (torch.float32, torch.float64)  # of weights and scores; 16 bits are too few for Adam's steps
 
 
@@ -146,7 +147,7 @@ def _checked(x: Inputs, y: Tensor, b: Tensor, name: str, num_bias_classes: int |
         raise ValueError(f"{name}: y must have shape (n,), got {tuple(y.shape)}")
     if not len(x) == len(y) == len(b):
         raise ValueError(f"{name}: x, y and b differ in length: {len(x)}, {len(y)} and {len(b)}")
-    if not x.dtype.is_floating_point:
+    if not x.dtype.is_floating_point or x.dtype.itemsize < 2:  # PyTorch computes nothing in 8 bits
         raise TypeError(f"{name}: x must be floating point, got {x.dtype}; convert and normalise it first")
     for label, values in (("y", y), ("b", b)):
         if values.is_floating_point() or values.is_complex() or values.dtype == torch.bool:
@@ -159,10 +160,16 @@ def _checked(x: Inputs, y: Tensor, b: Tensor, name: str, num_bias_classes: int |
         raise ValueError(f"{name}: b holds label {b.max().item()}, but num_bias_classes is {num_bias_classes}")
     if isinstance(x, Tensor):  # bytes are finite, and streams are checked as they are read
         x = x.detach()
-        if not x.isfinite().all():
-            where = (~x.flatten(1).isfinite().all(dim=1)).nonzero()[0].item()
-            raise ValueError(f"{name}: x holds NaN or inf, first in sample {where}")
+        _check_finite(x, name)
     return Samples(x, y, b)
+
+
+def _check_finite(x: Tensor, name: str) -> None:
+    rows = max(1, PIECE // x[0].nbytes)
+    for start, part in zip(range(0, len(x), rows), x.split(rows), strict=True):
+        finite = part.isfinite().flatten(1).all(dim=1)
+        if not finite.all():
+            raise ValueError(f"{name}: x holds NaN or inf, first in sample {start + int(finite.int().argmin())}")
 
 
 def widened(samples: Samples, dtype: torch.dtype, name: str) -> Samples:

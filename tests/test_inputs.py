@@ -1,5 +1,7 @@
 """What users hand in: every layout that is read, and everything about data and models that is refused."""
 
+import subprocess
+import sys
 import time
 
 import pytest
@@ -17,6 +19,7 @@ from torch.utils.data import (
     TensorDataset,
 )
 
+from ffw_fast import inputs
 from ffw_fast.data.samples import Samples
 from ffw_fast.inputs import as_samples, check_layers, check_model, prepare
 from ffw_fast.modules import mask_model
@@ -301,6 +304,7 @@ INF[3, 0] = -float("inf")
         ([X, Y], TypeError, "train must be three tensors"),
         ((X.numpy(), Y, B), TypeError, r"train must be three tensors \(x, y, b\), got \(ndarray, Tensor, Tensor\)"),
         ((X.long(), Y, B), TypeError, "train: x must be floating point, got torch.int64; convert and normalise"),
+        ((X.to(torch.float8_e4m3fn), Y, B), TypeError, "train: x must be floating point, got torch.float8_e4m3fn"),
         ((X, Y.float(), B), TypeError, "train: y must hold integers, got torch.float32"),
         ((X, Y, B.double()), TypeError, "train: b must hold integers, got torch.float64"),
         ((X, Y.bool(), B), TypeError, "train: y must hold integers, got torch.bool"),
@@ -368,6 +372,29 @@ INF[3, 0] = -float("inf")
 def test_data_that_is_refused(data, error, message):
     with pytest.raises(error, match=message):
         read(data)
+
+
+@pytest.mark.parametrize("piece", [1, 100])
+def test_the_first_sample_that_is_not_finite_is_named_whichever_piece_it_is_in(monkeypatch, piece):
+    monkeypatch.setattr(inputs, "PIECE", piece)
+    x = X.clone()
+    x[6:, 1] = float("nan")
+    with pytest.raises(ValueError, match="train: x holds NaN or inf, first in sample 6"):
+        read((x, Y, B))
+
+
+def test_checks_take_little_memory_beside_the_inputs():
+    """In a process of its own, whose most memory is known."""
+    script = """
+import resource, torch
+from ffw_fast.inputs import as_samples
+x, y = torch.ones(1000, 100_000), torch.zeros(1000, dtype=torch.int64)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+as_samples((x, y, y), "train", 2)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+    taken = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
+    assert int(taken) < 100_000, "kB, beside inputs of 400 MB"
 
 
 def test_a_loader_that_drops_nothing_may_drop_the_last():
