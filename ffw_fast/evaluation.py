@@ -70,7 +70,8 @@ def evaluate(
         model: (n, ...) -> logits (n, classes). It is run in eval mode and stays as it was.
         data: tensors ``(x, y, b)``, a Dataset or a DataLoader, as for ``ffw_fast.extract``. Target and bias labels are
             compared by their numbers; where equal numbers mean nothing, as with ten digits and two fonts, aligned and
-            conflicting mean nothing either, and average and groups are what there is.
+            conflicting mean nothing either, and average and groups are what there is. Inputs in a narrower
+            floating-point format than the model's weights are widened to it.
         num_bias_classes: where given, bias labels are checked to lie below it.
         batch_size: samples a forward pass.
         device: where to run; default: where the model is.
@@ -94,12 +95,13 @@ def evaluate(
 @torch.no_grad()
 def _logits(model: nn.Module, x: Inputs, batch_size: int, device: torch.device | str | None) -> Tensor:
     """Logits (n, classes) on the CPU of the model in eval mode, whose parts then are in the mode that they were in."""
-    here = next(model.parameters(), torch.empty(0, device="cpu")).device
-    where = torch.device(device) if device is not None else here
-    if where != here:
+    weight = next(model.parameters(), torch.empty(0, dtype=x.dtype, device="cpu"))
+    where = torch.device(device) if device is not None else weight.device
+    if where != weight.device:
         model = copy_of(model).to(where)
+    dtype = weight.dtype if torch.promote_types(x.dtype, weight.dtype) == weight.dtype else x.dtype
     with evaluation_mode(model):
-        batches = [_batch_logits(model, batch.to(where)) for batch in batches_of(x, batch_size)]
+        batches = [_batch_logits(model, batch.to(where, dtype)) for batch in batches_of(x, batch_size)]
     return torch.cat(batches)
 
 

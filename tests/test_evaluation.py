@@ -84,6 +84,15 @@ def test_data_comes_in_every_form():
     assert evaluate(model, DataLoader(TensorDataset(x, y, b), batch_size=4)) == expected
 
 
+@pytest.mark.parametrize("given", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("weights", [torch.float32, torch.float64])
+def test_inputs_are_widened_to_the_weights(given, weights):
+    model, x, y = nn.Linear(4, 3).to(weights), torch.randn(10, 4).to(given), torch.arange(10) % 3
+    b = y.clone()
+    b[:3] += 1
+    assert evaluate(model, (x, y, b)) == evaluate(model, (x.to(weights), y, b))
+
+
 @pytest.mark.parametrize(
     ("model", "error", "message"),
     [
