@@ -1,22 +1,20 @@
 """Copies of users' models, and the tensors that such a model keeps."""
 
 import copy
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 Model = TypeVar("Model", bound=nn.Module)
 
 
 def copy_of(model: Model) -> Model:
     """A deep copy, also of a model that has kept outputs of its last forward pass, which PyTorch refuses to copy."""
-    outputs = [value for module in model.modules() for value in vars(module).values() if _is_output(value)]
+    kept = [value for module in model.modules() for value in tree_leaves(list(vars(module).values()))]
+    outputs = [value for value in kept if isinstance(value, Tensor) and not value.is_leaf]
     return copy.deepcopy(model, {id(output): output.detach().clone() for output in outputs})
-
-
-def _is_output(value: Any) -> bool:
-    return isinstance(value, Tensor) and not value.is_leaf
 
 
 def state_tensors(model: nn.Module) -> dict[str, Tensor]:

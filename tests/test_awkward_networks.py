@@ -201,11 +201,13 @@ def test_hooks_that_read_gradients():
     assert_held_to_the_reference(model, bottleneck="last")
 
 
-def test_a_model_that_keeps_an_output():
+@pytest.mark.parametrize("wrapped", [lambda output: output, lambda output: {"features": [output]}])
+def test_a_model_that_keeps_an_output(wrapped):
     class Keeping(Functions):
         def hidden(self, x: Tensor) -> Tensor:
-            self.kept = super().hidden(x)
-            return self.kept
+            output = super().hidden(x)
+            self.kept = wrapped(output)
+            return output
 
     model = Keeping()
     found = found_in(model, bottleneck="last")
