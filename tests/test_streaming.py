@@ -186,10 +186,11 @@ def test_streams_are_read_alike_whatever_the_default_device_is():
     assert torch.equal(given.y, expected.y)
 
 
-def test_a_sampler_chooses_what_is_streamed(no_room):
+@pytest.mark.parametrize("kind", [list, np.array, torch.tensor])
+def test_a_sampler_chooses_what_is_streamed(no_room, kind):
     data = samples(20)
     data[0][:, 0] = torch.arange(20)
-    loader = DataLoader(Items(data), batch_size=4, sampler=SubsetRandomSampler([3, 5, 8, 9, 11]))
+    loader = DataLoader(Items(data), batch_size=4, sampler=SubsetRandomSampler(kind([3, 5, 8, 9, 11])))
     given = as_samples(loader, "train", CLASSES)
     assert isinstance(given.x, Stream)
     rows = given.x[:][:, 0].long()

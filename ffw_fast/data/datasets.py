@@ -5,7 +5,7 @@ import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import chain, islice
-from operator import length_hint
+from operator import index, length_hint
 from typing import Any
 
 import torch
@@ -124,7 +124,7 @@ def _read_probes(loader: DataLoader, indices: Sequence[Any], name: str) -> list[
     """
     twice = [indices[probe * len(indices) // PROBES] for probe in range(PROBES) for _ in range(2)]
     batched = loader.batch_sampler is not None
-    order = {"batch_sampler": [[index] for index in twice]} if batched else {"sampler": twice}
+    order = {"batch_sampler": [[one] for one in twice]} if batched else {"sampler": twice}
     probes = _read_anew(loader, num_workers=min(1, loader.num_workers), **order)
     return [_parse(item, name, batched)[0] for item in _items(probes, name)]
 
@@ -155,9 +155,11 @@ def _stream(loader: DataLoader, chosen: Sequence[Any], name: str, augments: bool
     """One pass for labels and checks; the inputs are read again whenever they are wanted."""
     if type(loader).__iter__ is not DataLoader.__iter__:
         raise ValueError(f"{name} is streamed, which leaves out what {type(loader).__name__} does in its __iter__")
-    if not all(isinstance(index, int) for index in chosen):
-        raise TypeError(f"{name} is streamed, which needs samples that are numbered by integers")
-    indices, fingerprint = torch.tensor(chosen), hashlib.blake2b(digest_size=16)
+    try:
+        indices = torch.tensor(list(map(index, chosen)))
+    except TypeError as error:
+        raise TypeError(f"{name} is streamed, which needs samples that are numbered by integers") from error
+    fingerprint = hashlib.blake2b(digest_size=16)
     shapes, labels, dtype = [], [], torch.float32
     for item in _items(read_batches(loader, indices, READING_BATCH, seeded=augments), name):
         x, y, b = _parse(item, name)
