@@ -15,6 +15,7 @@ from torch.utils.data import (
     Dataset,
     IterableDataset,
     RandomSampler,
+    Sampler,
     SubsetRandomSampler,
     TensorDataset,
 )
@@ -284,6 +285,13 @@ def test_random_augmentation_is_seen_and_streamed(seed, count):
         assert read(wrapped).augments
 
 
+class Unsized(Sampler):
+    """Says nothing of its length."""
+
+    def __iter__(self):
+        return iter(range(8))
+
+
 X, Y, B = samples(8)
 NAN = X.clone()
 NAN[5, 2] = float("nan")
@@ -351,6 +359,11 @@ INF[3, 0] = -float("inf")
             "train yields single samples .* batch_",
         ),
         (DataLoader(Items((X, Y, B)), batch_size=3, drop_last=True), ValueError, "train drops its last samples"),
+        (
+            DataLoader(Items((X, Y, B)), batch_size=3, drop_last=True, sampler=Unsized()),
+            ValueError,
+            "train drops its last samples",
+        ),
         (DataLoader(Stream((X, Y, B)), batch_size=3, drop_last=True), ValueError, "train drops its last samples"),
         (
             DataLoader(Items((X, Y, B)), batch_sampler=BatchSampler(range(8), 3, drop_last=True)),
@@ -400,6 +413,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 def test_a_loader_that_drops_nothing_may_drop_the_last():
     for data in (Items((X, Y, B)), Stream((X, Y, B))):
         assert_equal(read(DataLoader(data, batch_size=4, drop_last=True)), (X, Y, B))
+    assert_equal(read(DataLoader(Items((X, Y, B)), 4, drop_last=True, sampler=Unsized())), (X, Y, B))
 
 
 # train and val, data and model ---------------------------------------------------------------------------------------

@@ -80,10 +80,16 @@ def stream_note(samples: Samples, name: str) -> str | None:
 def _yielded(loader: DataLoader, name: str) -> list[Any]:
     """All that the loader's sampler yields: batches of indices, or indices where the loader makes no batches."""
     sampler: Any = loader.sampler if loader.batch_sampler is None else loader.batch_sampler
-    if isinstance(sampler, BatchSampler) and sampler.drop_last and length_hint(sampler.sampler) % sampler.batch_size:
-        raise _drops(name)
+    may_drop = isinstance(sampler, BatchSampler) and sampler.drop_last
+    if may_drop:
+        sampler = copy.copy(sampler)
+        sampler.drop_last = False
     with _seeded(sampler):
-        return list(islice(sampler, length_hint(loader) or None))  # a sampler may be endless, its loader is not
+        # A sampler may be endless, its loader is not.
+        yielded = list(islice(sampler, length_hint(sampler) or length_hint(loader) or None))
+    if may_drop and yielded and len(yielded[-1]) < sampler.batch_size:
+        raise _drops(name)
+    return yielded
 
 
 def _drops(name: str) -> ValueError:
