@@ -147,24 +147,26 @@ def _read_table(folder: Path, name: str) -> _TableFile:
     path = next((found for suffix in (".txt", ".csv") if (found := folder / (name + suffix)).is_file()), None)
     if path is None:
         raise FileNotFoundError(f"{folder}: found no {name}.txt or {name}.csv; {WHERE_TO_GET}")
-    with path.open(newline="") as file:
+    with path.open(newline="", encoding="utf-8-sig") as file:
         lines = list(csv.reader(file)) if path.suffix == ".csv" else [line.split() for line in file]
     lines = [line for line in lines if line]
-    columns: list[str] = []
+    announced, columns = None, ["partition"]
     if path.suffix == ".csv":
         columns, lines = lines[0][1:] if lines else [], lines[1:]
     elif lines and len(lines[0]) == 1:  # the number of images, and the names of the attributes
-        columns, lines = lines[1] if len(lines) > 1 else [], lines[2:]
-    else:
-        columns = ["partition"]
-    rows = {}
+        announced, columns, lines = lines[0][0], lines[1] if len(lines) > 1 else [], lines[2:]
+    rows: dict[str, list[int]] = {}
     for number, line in enumerate(lines, start=1):
+        if line[0] in rows:
+            raise ValueError(f"{path}: row {number} of the images lists {line[0]} again")
         try:
             rows[line[0]] = [int(value) for value in line[1:]]
         except ValueError as error:
             raise ValueError(f"{path}: row {number} of the images holds no whole numbers: {error}") from error
         if len(line) != 1 + len(columns):
             raise ValueError(f"{path}: row {number} of the images has {len(line) - 1} values, expected {len(columns)}")
-    if not rows:
-        raise ValueError(f"{path} lists no images; {WHERE_TO_GET}")
+    if not rows or not columns:
+        raise ValueError(f"{path} lists no images, or names alone; {WHERE_TO_GET}")
+    if announced not in (None, str(len(rows))):
+        raise ValueError(f"{path} announces {announced} images and lists {len(rows)}")
     return _TableFile(path, columns, rows)

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import shutil
 import stat
 
@@ -170,7 +171,9 @@ def edit(copy, name: str, change) -> None:
     [
         ("list_attr_celeba", lambda text: text.replace("Blond_Hair", "Grey_Hair"), "has no attribute Blond_Hair"),
         ("list_attr_celeba", lambda text: text.replace("-1", "no", 1), "row 1 of the images holds no whole numbers"),
-        ("list_attr_celeba", lambda text: text.rsplit("\n", 2)[0], "list other images: 53 and 54"),
+        ("list_attr_celeba", lambda text: text.rsplit("\n", 2)[0], "list other images: 53 and 54|announces 54 images"),
+        ("list_attr_celeba", lambda text: text + text.splitlines()[-1] + "\n", "row 55 .* lists 000054.jpg again"),
+        ("list_eval_partition", lambda text: re.sub(r"[ ,]\w+$", "", text, flags=re.M), "or names alone|has 0"),
         ("list_attr_celeba", lambda text: "", "list_attr_celeba.* lists no images|has no attribute"),
         ("list_eval_partition", lambda text: text[:-2] + "7\n", "must number splits 0, 1 and 2"),
         ("list_eval_partition", lambda text: text.replace("2\n", "0\n"), "test split has no image of some group"),
@@ -180,6 +183,13 @@ def test_damaged_lists(copy, name, change, message):
     edit(copy, name, change)
     with pytest.raises(ValueError, match=message):
         celeba(copy, **SMALL)
+
+
+def test_a_byte_order_mark_is_no_part_of_a_name(copy):
+    expected = celeba(copy, **SMALL)
+    for name in ("list_attr_celeba", "list_eval_partition"):
+        edit(copy, name, lambda text: "\ufeff" + text)
+    assert torch.equal(celeba(copy, **SMALL).train.x.images, expected.train.x.images)
 
 
 @pytest.mark.parametrize("options", [{"image_size": 31}, {"image_size": 225}, {"train_size": 17}, {"train_size": 0}])
