@@ -51,9 +51,12 @@ def _decode(path: Path, side: int) -> Tensor:
     image_module = _pillow()
     try:
         with image_module.open(path) as file:
-            image = file.convert("RGB")
-    except (OSError, SyntaxError, ValueError) as error:  # Pillow's, for whatever a file may hold
+            mode, image = file.mode, file.convert("RGB")
+    # Pillow's, for whatever a file may hold
+    except (OSError, SyntaxError, ValueError, image_module.DecompressionBombError) as error:
         raise ValueError(f"{path} is no image or is truncated: {error}") from error
+    if mode[0] in "IF":  # 16 or 32 bits, of which Pillow makes white wherever they exceed 255
+        raise ValueError(f"{path} has pixels of more than 8 bits ({mode}); convert it first")
     if image.size != (side, side):
         image = image.resize((side, side), image_module.Resampling.BILINEAR)
     pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)

@@ -2,6 +2,7 @@
 
 import shutil
 
+import numpy as np
 import pytest
 import torch
 
@@ -71,6 +72,19 @@ def test_without_a_folder_or_its_files_it_says_where_to_get_them(folder, tmp_pat
             corrupted_cifar10(data_dir)
     with pytest.raises(FileNotFoundError, match=r"2pct: no such folder; percents that are there: 0\.5, 1;"):
         corrupted_cifar10(folder, percent=2)
+
+
+def test_images_that_are_no_bytes_or_too_large_are_named(folder, tmp_path, monkeypatch):
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    (image, *_) = (copy / "cifar10c" / "test" / "3").glob("*.png")
+    content = image.read_bytes()
+    Image.fromarray(np.full((32, 32), 300, dtype=np.uint16)).save(image)
+    with pytest.raises(ValueError, match=rf"{image.name} has pixels of more than 8 bits \(I;16\)"):
+        corrupted_cifar10(copy)
+    image.write_bytes(content)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    with pytest.raises(ValueError, match=r"\.png is no image or is truncated: .*decompression bomb"):
+        corrupted_cifar10(copy)
 
 
 def test_damaged_folders(folder, tmp_path):
