@@ -54,7 +54,7 @@ def check_device(device: torch.device | str | None) -> None:
         return
     try:
         torch.zeros(1, device=device).item()
-    except (RuntimeError, AssertionError) as error:  # without PyTorch's advice to developers
+    except (RuntimeError, AssertionError, ImportError) as error:  # without PyTorch's advice to developers
         raise ValueError(f"cannot run on device {str(device)!r}: {str(error).splitlines()[0]}") from error
 
 

@@ -109,6 +109,8 @@ def changed(tensor, value):
         ({"model": modules.mask_model(network())}, "layers 'fc1', 'classifier' are masked already"),
         ({"model": network().half()}, "layer 'fc1' is torch.float16, but scores are learned in float32 or float64"),
         ({"device": "tpu9"}, "cannot run on device 'tpu9'"),
+        ({"device": "hpu"}, "cannot run on device 'hpu'"),
+        ({"device": "privateuseone"}, "cannot run on device 'privateuseone'"),
         ({"device": "meta"}, "cannot run on device 'meta'"),
         ({"resume": True}, "resume"),
     ],
