@@ -274,12 +274,13 @@ def _train_epoch(
 ) -> float:
     """One pass over minibatches (x, y, b); returns the mean loss.
 
-    A last one of a single sample is left out where there is batch norm, which has no variance of it.
+    A last one of a single sample is left out where there is batch norm, which may have no variance of it.
     """
-    total, count = torch.zeros((), dtype=torch.float32, device="cpu"), 0
+    total, count, size = torch.zeros((), dtype=torch.float32, device="cpu"), 0, 0
     has_norms = any(isinstance(part, _BatchNorm) for part in model.modules())
     for x, y, _b in batches:
-        if has_norms and count and len(y) == 1:
+        size = size or len(y)
+        if has_norms and len(y) == 1 < size:
             continue
         with passes_in(precision, x.device):
             logits = model(x)

@@ -344,6 +344,13 @@ def test_a_last_minibatch_of_one_sample_is_left_out_beside_batch_norm():
     assert trained[2].num_batches_tracked == 4
 
 
+def test_minibatches_of_one_sample_are_all_learned_from_where_batch_norm_can():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(16, 3))
+    data = Samples(torch.randn(5, 3, 4, 4), torch.arange(5) % 3, torch.zeros(5, 1, dtype=torch.int64))
+    trained = train_vanilla(model, data, Recipe("adam", lr=0.01, batch_size=1, epochs=2), seed=0)
+    assert trained[1].num_batches_tracked == 10
+
+
 def test_milestones_are_whole_epochs():
     recipe = Recipe("sgd", lr=1.0, batch_size=10, epochs=100, milestones=(0.55,))
     assert [recipe.learning_rate(epoch) for epoch in (54, 55)] == [1.0, pytest.approx(0.1)]
