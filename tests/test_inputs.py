@@ -387,6 +387,42 @@ def test_data_that_is_refused(data, error, message):
         read(data)
 
 
+def peak(script: str) -> int:
+    """The most memory, in kB, that a script takes, in a process of its own, after its line ``before = taken()``."""
+    taken = "import resource\ndef taken(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+    command = [sys.executable, "-c", taken + script + "\nprint(taken() - before)"]
+    return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+
+
+def test_a_dataset_is_read_into_its_place():
+    script = """
+import torch
+from ffw_fast.inputs import as_samples
+class Items:
+    def __len__(self): return 1000
+    def __getitem__(self, index): return torch.full((50_000,), 1.0), 0, 0
+before = taken()
+as_samples(torch.utils.data.DataLoader(Items(), batch_size=50), "train", 2)
+"""
+    assert peak(script) < 300_000, "kB, for inputs of 200 MB"
+
+
+def test_batches_that_differ_in_dtype_layout_or_number_are_joined():
+    def collate(items):
+        x, y, b = torch.utils.data.default_collate(items)
+        return (x.double() if y[0] else x, y, b) if len(y) == 4 else (x.T.contiguous().T, y, b)
+
+    x, y, b = samples(23)
+    y[8] = 1
+    given = read(DataLoader(Items((x, y, b)), batch_size=4, collate_fn=collate))
+    assert given.x.dtype == torch.float64
+    assert torch.equal(given.x, x.double())
+    twice = DataLoader(Items((x, y, b)), 4, collate_fn=lambda items: torch.utils.data.default_collate(items * 2))
+    assert len(read(twice).x) == 46
+    half = DataLoader(Items((x, y, b)), 4, collate_fn=lambda items: torch.utils.data.default_collate(items[:2]))
+    assert len(read(half).x) == 12
+
+
 @pytest.mark.parametrize("piece", [1, 100])
 def test_the_first_sample_that_is_not_finite_is_named_whichever_piece_it_is_in(monkeypatch, piece):
     monkeypatch.setattr(inputs, "PIECE", piece)
@@ -397,17 +433,14 @@ def test_the_first_sample_that_is_not_finite_is_named_whichever_piece_it_is_in(m
 
 
 def test_checks_take_little_memory_beside_the_inputs():
-    """In a process of its own, whose most memory is known."""
     script = """
-import resource, torch
+import torch
 from ffw_fast.inputs import as_samples
 x, y = torch.ones(1000, 100_000), torch.zeros(1000, dtype=torch.int64)
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before = taken()
 as_samples((x, y, y), "train", 2)
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 """
-    taken = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
-    assert int(taken) < 100_000, "kB, beside inputs of 400 MB"
+    assert peak(script) < 100_000, "kB, beside inputs of 400 MB"
 
 
 def test_a_loader_that_drops_nothing_may_drop_the_last():

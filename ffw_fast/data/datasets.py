@@ -51,7 +51,8 @@ def read_dataset(data: Any, name: str) -> tuple[Inputs, Tensor, Tensor]:
     augments = not all(map(torch.equal, probes[::2], probes[1::2]))
     fits = probes[0].nbytes * len(indices) <= memory_budget()
     if fits and not augments:
-        return _keep(_read_anew(loader, **{"batch_sampler" if batched else "sampler": yielded}), name)
+        order = {"batch_sampler" if batched else "sampler": yielded}
+        return _keep(_read_anew(loader, **order), name, count=len(indices) if batched else 0)
     if not batched:
         why = "augments at random" if augments else "does not fit into memory"
         raise ValueError(f"{name} {why} and is streamed, which needs a DataLoader with a batch_size")
@@ -135,13 +136,22 @@ def _read_probes(loader: DataLoader, indices: Sequence[Any], name: str) -> list[
     return [_parse(item, name, batched)[0] for item in _items(probes, name)]
 
 
-def _keep(loader: DataLoader, name: str, least: int | None = 1) -> tuple[Tensor, Tensor, Tensor]:
-    """All that a loader yields, in batches of at least so many samples."""
-    parts, size, budget = [], 0, memory_budget()
+def _keep(loader: DataLoader, name: str, *, count: int = 0, least: int | None = 1) -> tuple[Tensor, Tensor, Tensor]:
+    """All that a loader yields, in batches of at least ``least`` samples.
+
+    Args:
+        count: of all samples, where it is known: their inputs are then copied to their place as they come, since to
+            join them in the end takes their memory twice.
+    """
+    parts: list[tuple[Tensor, Tensor, Tensor]] = []
+    size, budget = 0, memory_budget()
+    room, placed = torch.empty(0), 0
     for item in _items(loader, name):
         x, y, b = _parse(item, name)
         if len(y) < (least or 1):
             raise _drops(name)
+        if not parts:
+            room = x.new_empty((count, *x.shape[1:]))
         parts.append((x, y, b))
         for label, given, first in (("x", x, parts[0][0]), ("b", b, parts[0][2])):
             _check_shape(tuple(given.shape[1:]), tuple(first.shape[1:]), label, name)
@@ -151,10 +161,14 @@ def _keep(loader: DataLoader, name: str, least: int | None = 1) -> tuple[Tensor,
                 f"{name} takes more than the {describe_bytes(budget)} that there is room for, and cannot be streamed: "
                 "give it as a Dataset with __len__ and __getitem__, or in fewer samples"
             )
+        if placed + len(x) <= count and x.dtype == room.dtype and x.is_contiguous():
+            parts[-1] = room[placed : placed + len(x)].copy_(x), y, b
+            placed += len(x)
     if not parts:
         raise ValueError(f"{name} is empty")
-    x, y, b = (torch.cat(column) for column in zip(*parts, strict=True))
-    return x, y, b
+    inputs, targets, biases = zip(*parts, strict=True)
+    x = room if placed == count == sum(map(len, inputs)) else torch.cat(inputs)
+    return x, torch.cat(targets), torch.cat(biases)
 
 
 def _stream(loader: DataLoader, chosen: Sequence[Any], name: str, augments: bool) -> tuple[Stream, Tensor, Tensor]:
