@@ -176,7 +176,7 @@ def extract_by(
         identity = {
             **settings.as_dict(),
             "weights": digest(*state_tensors(problem.model).values()),
-            "data": digest(*loop.train.identity(), *loop.val.identity()),
+            "data": digest(*problem.train.identity(), *problem.val.identity()),
         }
         group.check_same({**identity, **computing(target), "max_epochs": settings.max_epochs, "shard": shard})
         with group.together(lambda: RunState(run_dir, identity, resume, begin=begin)) as state:

@@ -206,6 +206,15 @@ def test_augmented_runs_resume_to_the_same_result(tmp_path):
     assert torch.equal(scores_of(resumed), scores_of(straight))
 
 
+def test_a_run_resumes_where_there_is_less_memory_than_before(tmp_path, monkeypatch):
+    train, val = Items(samples(40)), samples(20, seed=1)
+    straight = ffw_fast.extract(network(), train, val, **arguments(max_epochs=3))
+    ffw_fast.extract(network(), train, val, **arguments(max_epochs=1, run_dir=tmp_path))
+    monkeypatch.setattr(datasets, "memory_budget", lambda: 100)
+    resumed = ffw_fast.extract(network(), train, val, **arguments(max_epochs=3, run_dir=tmp_path, resume=True))
+    assert torch.equal(scores_of(resumed), scores_of(straight))
+
+
 def test_other_streamed_data_does_not_resume(no_room, tmp_path):
     train, val = samples(40), samples(20, seed=1)
     ffw_fast.extract(network(), Items(train), val, **arguments(max_epochs=1, run_dir=tmp_path))

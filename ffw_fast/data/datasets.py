@@ -1,7 +1,6 @@
 """A user's Dataset or DataLoader: read once and kept where it fits and stays the same, streamed otherwise."""
 
 import copy
-import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import chain, islice
@@ -14,7 +13,7 @@ from torch.utils.data import BatchSampler, DataLoader, IterableDataset
 
 from ffw_fast.data.memory import describe_bytes, memory_budget
 from ffw_fast.data.samples import Inputs, Samples
-from ffw_fast.data.stream import Stream, read_batches
+from ffw_fast.data.stream import Fingerprint, Stream, read_batches
 
 READING_BATCH = 256
 LAYOUTS = "(x, (y, b...)), (x, y, b) or (index, x, y, attributes)"
@@ -179,7 +178,7 @@ def _stream(loader: DataLoader, chosen: Sequence[Any], name: str, augments: bool
         indices = torch.tensor(list(map(index, chosen)))
     except TypeError as error:
         raise TypeError(f"{name} is streamed, which needs samples that are numbered by integers") from error
-    fingerprint = hashlib.blake2b(digest_size=16)
+    fingerprint = Fingerprint()
     shapes, labels, dtype = [], [], torch.float32
     for item in _items(read_batches(loader, indices, READING_BATCH, seeded=augments), name):
         x, y, b = _parse(item, name)
@@ -191,7 +190,7 @@ def _stream(loader: DataLoader, chosen: Sequence[Any], name: str, augments: bool
             raise ValueError(f"{name}: x holds NaN or inf")
         dtype = x.dtype
         if not augments:
-            fingerprint.update(x.contiguous().view(torch.uint8).numpy().data)
+            fingerprint.add(x)
     stream = Stream(
         loader,
         indices,
@@ -199,7 +198,7 @@ def _stream(loader: DataLoader, chosen: Sequence[Any], name: str, augments: bool
         shapes[0][0],
         dtype,
         augments,
-        torch.tensor(list(b"" if augments else fingerprint.digest()), dtype=torch.uint8),
+        torch.empty(0, dtype=torch.uint8) if augments else fingerprint.value(),
         name,
         torch.device("cpu"),
     )

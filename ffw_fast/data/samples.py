@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ffw_fast.checks import check_integer
 from ffw_fast.data.pixels import Pixels
-from ffw_fast.data.stream import Stream
+from ffw_fast.data.stream import Fingerprint, Stream
 
 EVALUATION_BATCH = 500  # samples a forward pass without gradients
 
@@ -59,10 +59,14 @@ class Samples(NamedTuple):
             yield x, self.y.index_select(0, rows), self.b.index_select(0, rows)
 
     def identity(self) -> tuple[Tensor, ...]:
-        """Tensors that tell this set from others, as far as that can be told without reading inputs again."""
+        """Tensors that tell this set from others, as far as that can be told without reading inputs again.
+
+        They are the same whether a set was kept or streamed, which may depend on how much memory others leave.
+        """
         if isinstance(self.x, Pixels):
             return self.x.images, self.x.mean, self.x.deviation, self.y, self.b
-        return self.x.fingerprint if isinstance(self.x, Stream) else self.x, self.y, self.b
+        read = self.x.fingerprint if isinstance(self.x, Stream) else Fingerprint(self.x).value()
+        return read, torch.tensor(self.x.shape), self.y, self.b
 
 
 def batches_of(x: Inputs, size: int) -> Iterator[Tensor]:

@@ -13,6 +13,22 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 
+class Fingerprint:
+    """Of the bytes of inputs in their order, however they are split."""
+
+    def __init__(self, *inputs: Tensor) -> None:
+        self._hash = hashlib.blake2b(digest_size=16)
+        for x in inputs:
+            self.add(x)
+
+    def add(self, x: Tensor) -> None:
+        self._hash.update(x.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+
+    def value(self) -> Tensor:
+        """uint8 (16,)"""
+        return torch.tensor(list(self._hash.digest()), dtype=torch.uint8)
+
+
 @dataclass(frozen=True)
 class Stream:
     """Inputs of a Dataset that stand where a float tensor (n, ...) would: indexed by rows, split, moved.
@@ -29,7 +45,7 @@ class Stream:
         sample_shape: of one sample; others are refused.
         dtype, device: of what is read.
         augments: whether a sample may change from one reading to the next.
-        fingerprint: uint8 (k,), of all inputs where they do not change.
+        fingerprint: uint8 (k,), of all inputs where they do not change, empty where they do.
         name: of the set, for messages.
     """
 

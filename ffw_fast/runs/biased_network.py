@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ffw_fast.copies import state_tensors
+from ffw_fast.data.pixels import Pixels
 from ffw_fast.data.samples import Samples, Splits
 from ffw_fast.distributed import Alone
 from ffw_fast.files import digest, read_json, read_tensors, write_json, write_tensors
@@ -112,8 +113,9 @@ def _record(request: Request, splits: Splits) -> dict[str, Any]:
 
 def _fingerprint(samples: Samples) -> str:
     """Of all labels, and of the inputs of a few samples: to read all images of a large set would take minutes."""
-    x, *others = samples.identity()
-    return digest(x[torch.linspace(0, len(x) - 1, min(len(x), FINGERPRINT_SAMPLES)).long()], *others)
+    inputs = samples.x.images if isinstance(samples.x, Pixels) else samples.x
+    rows = torch.linspace(0, len(inputs) - 1, min(len(inputs), FINGERPRINT_SAMPLES)).long()
+    return digest(inputs[rows], samples.y, samples.b)
 
 
 def _kept_vanilla(out: Path, record: dict[str, Any]) -> dict[str, Tensor] | None:
