@@ -7,8 +7,10 @@ import hypothesis
 import pytest
 import torch
 
+from ffw_fast import heads
 from ffw_fast.backend import backend_info, load
 
+pytest.register_assert_rewrite("tests.data.digit_sets", "tests.held_together", "tests.processes", "tests.short_runs")
 load()
 hypothesis.settings.register_profile(
     "ffw_fast",
@@ -53,6 +55,12 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def short_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Heads are fitted for a few epochs only."""
+    monkeypatch.setattr(heads, "MAX_EPOCHS", 6)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -44,3 +44,19 @@ def network(norm: bool = True, seed: int = 0) -> nn.Sequential:
             nn.functional.cross_entropy(model(x), y).backward()
             optimizer.step()
     return model.eval()
+
+
+class Block(nn.Module):
+    """A residual block whose one ReLU runs twice, as in torchvision."""
+
+    def __init__(self, inner: int, outer: int, shortcut: bool) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(inner, outer, 3, padding=1, bias=False), nn.BatchNorm2d(outer)
+        self.conv2, self.bn2 = nn.Conv2d(outer, outer, 3, padding=1, bias=False), nn.BatchNorm2d(outer)
+        self.relu = nn.ReLU(inplace=True)
+        self.shortcut = nn.Sequential(nn.Conv2d(inner, outer, 1), nn.BatchNorm2d(outer)) if shortcut else None
+
+    def forward(self, x):
+        out = self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x)))))
+        out += x if self.shortcut is None else self.shortcut(x)
+        return self.relu(out)

@@ -18,8 +18,9 @@ from ffw_fast.gated_network import GatedNetwork
 from ffw_fast.gates import GATES, GateKind, gate_kind
 from ffw_fast.optim import GatedSGD
 from tests import six_features, small_images
+from tests.held_together import assert_scores_agree, by_both
 from tests.six_features import CLASSES, arguments, network, samples
-from tests.test_optim import PlainScores, backward, loss_of, make_gates
+from tests.small_gates import PlainScores, backward, loss_of, make_gates
 
 
 def biased(count: int = 90, biases: int = 1, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
@@ -46,11 +47,8 @@ def settings(**changes):
 
 
 def assert_held_together(fast: Extraction, plain: Extraction) -> None:
-    for pair in ((fast.scores, plain.scores), (fast.best_scores, plain.best_scores)):
-        ours, theirs = (torch.cat([score.flatten() for score in scores.values()]) for scores in pair)
-        assert theirs.norm() > 0
-        assert not (ours - theirs).norm() > 1e-3 * theirs.norm()
-        assert ((ours >= 0) == (theirs >= 0)).double().mean() >= 0.995
+    assert_scores_agree(fast.scores, plain.scores)
+    assert_scores_agree(fast.best_scores, plain.best_scores)
     assert [row.keys() for row in fast.history] == [row.keys() for row in plain.history]
     for name in ("vanilla", "pruned", "best"):
         for key, value in plain.metrics[name].items():
@@ -101,19 +99,10 @@ def test_the_part_before_the_first_gate_runs_once(few_head_epochs, monkeypatch):
 def test_convolutions_are_held_to_the_reference(few_head_epochs):
     x, y, b = small_images.biased_set(120, 1, 1)
     b = torch.where(torch.rand(b.shape, generator=torch.Generator().manual_seed(0)) < 0.6, y.unsqueeze(1), b)
-    found = [
-        function(
-            small_images.network(),
-            (x, y, b),
-            small_images.biased_set(60, 1, 2),
-            method="bise",
-            max_epochs=11,
-            **small_images.SETTINGS,
-        )
-        for function in (extract, reference.extract)
-    ]
-    assert_held_together(*found)
-    assert {name: tuple(scores.shape) for name, scores in found[0].scores.items()} == {"conv1": (8,), "conv2": (12,)}
+    val = small_images.biased_set(60, 1, 2)
+    fast, plain = by_both(small_images.network(), (x, y, b), val, **small_images.SETTINGS, method="bise", max_epochs=11)
+    assert_held_together(fast, plain)
+    assert {name: tuple(scores.shape) for name, scores in fast.scores.items()} == {"conv1": (8,), "conv2": (12,)}
 
 
 def test_the_schedule_is_the_published_one(few_head_epochs):

@@ -12,22 +12,7 @@ from ffw_fast import GATES, draw_gates, mask_model, masked_layers, set_temperatu
 from ffw_fast.channels import ChannelGraph, ChannelMask
 from ffw_fast.models import MLP, ResNet18, SimpleConvNet
 from ffw_fast.modules import GatedActivation
-
-
-class Block(nn.Module):
-    """A residual block whose one ReLU runs twice, as in torchvision."""
-
-    def __init__(self, inner: int, outer: int, shortcut: bool) -> None:
-        super().__init__()
-        self.conv1, self.bn1 = nn.Conv2d(inner, outer, 3, padding=1, bias=False), nn.BatchNorm2d(outer)
-        self.conv2, self.bn2 = nn.Conv2d(outer, outer, 3, padding=1, bias=False), nn.BatchNorm2d(outer)
-        self.relu = nn.ReLU(inplace=True)
-        self.shortcut = nn.Sequential(nn.Conv2d(inner, outer, 1), nn.BatchNorm2d(outer)) if shortcut else None
-
-    def forward(self, x):
-        out = self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x)))))
-        out += x if self.shortcut is None else self.shortcut(x)
-        return self.relu(out)
+from tests.small_images import Block
 
 
 class Residual(nn.Module):

@@ -17,7 +17,6 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -33,34 +32,11 @@ from ffw_fast.optim import GatedAdam
 from ffw_fast.progress import Progress
 from tests import small_images
 from tests.data.mnist_folder import write_mnist
+from tests.processes import MINUTES, PRELOADED, on_processes
 from tests.six_features import arguments, network, samples
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-PRELOADED = ["torch._dynamo", "ffw_fast"]  # imported once for all processes
-MINUTES = 300  # seconds that a group of processes may take on a busy machine
 TRAIN, VAL = samples(25), samples(13, seed=1)  # minibatches of 10, 10 and 5, shared by 2 and by 3
-
-
-def on_processes(count: int, work: Callable[..., Any], folder: Path, *given: Any) -> list[Any]:
-    """What ``work(rank, folder, *given)`` leaves in ``folder / result-RANK``, on so many processes."""
-    (folder / "store").unlink(missing_ok=True)
-    multiprocessing.set_forkserver_preload(PRELOADED)
-    context = mp.start_processes(
-        _member, (count, str(folder), work, given), nprocs=count, join=False, start_method="forkserver"
-    )
-    assert context is not None
-    deadline = time.monotonic() + MINUTES
-    while not context.join(timeout=5):
-        assert time.monotonic() < deadline, "the processes hang"
-    return [torch.load(folder / f"result-{rank}", weights_only=True) for rank in range(count)]
-
-
-def _member(rank: int, count: int, folder: str, work: Callable[..., Any], given: tuple[Any, ...]) -> None:
-    torch.set_num_threads(1)
-    store = dist.FileStore(f"{folder}/store", count)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=count)
-    torch.save(work(rank, Path(folder), *given), f"{folder}/result-{rank}")
-    dist.destroy_process_group()
 
 
 # The same result ---
@@ -238,7 +214,7 @@ def test_no_process_has_more_of_a_shorter_minibatch():
             before = sizes
 
 
-@pytest.mark.parametrize("kind", list(GateKind))
+@pytest.mark.parametrize("kind", GateKind)
 def test_shares_of_the_gates_take_the_steps_of_the_whole(kind):
     source = torch.Generator().manual_seed(1)
     weights = {"a": torch.randn(5, 7, generator=source), "b": torch.randn(40, generator=source)}

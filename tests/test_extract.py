@@ -16,8 +16,8 @@ from ffw_fast.extraction import Extraction
 from ffw_fast.gated_network import GatedNetwork
 from ffw_fast.gates import GateKind
 from ffw_fast.loop import Loop
-from tests.small_images import BOTTLENECK, CLASSES, SETTINGS, biased_set, network
-from tests.test_channels import Block
+from tests.held_together import assert_held_together, by_both
+from tests.small_images import BOTTLENECK, CLASSES, SETTINGS, Block, biased_set, network
 
 
 @pytest.fixture
@@ -27,24 +27,7 @@ def few_head_epochs(monkeypatch):
 
 
 def both(biases: int, norm: bool, **settings) -> tuple[Extraction, Extraction]:
-    model = network(norm)
-    train, val = biased_set(130, biases, 1), biased_set(70, biases, 2)
-    arguments = {**SETTINGS, **settings}
-    return extract(model, train, val, **arguments), reference.extract(model, train, val, **arguments)
-
-
-def assert_held_together(fast: Extraction, plain: Extraction) -> None:
-    """Relative 1e-3 on the scores and at least 99.5% of the mask bits."""
-    assert fast.scores.keys() == plain.scores.keys()
-    ours, theirs = (torch.cat([score.flatten() for score in found.scores.values()]) for found in (fast, plain))
-    assert theirs.norm() > 0
-    assert not (ours - theirs).norm() > 1e-3 * theirs.norm()
-    assert ((ours >= 0) == (theirs >= 0)).double().mean() >= 0.995
-    assert [row["head_epochs"] for row in fast.history] == [row["head_epochs"] for row in plain.history]
-    halves = [[row["half_open"] for row in found.history] for found in (fast, plain)]
-    assert halves[0] == pytest.approx(halves[1], rel=1e-2, abs=1e-5)
-    assert fast.history[-1]["val_mi"] == pytest.approx(plain.history[-1]["val_mi"], rel=1e-2, abs=1e-4)
-    assert fast.metrics["best"]["task_accuracy"] == pytest.approx(plain.metrics["best"]["task_accuracy"], abs=0.02)
+    return by_both(network(norm), biased_set(130, biases, 1), biased_set(70, biases, 2), **SETTINGS, **settings)
 
 
 @pytest.mark.parametrize("norm", [False, True])
@@ -78,8 +61,8 @@ def test_channel_gates_of_a_residual_network_are_held_to_the_reference(few_head_
         model.classifier = torch.nn.Linear(6, CLASSES)
     model.eval()
     train, val = biased_set(130, 1, 1), biased_set(70, 1, 2)
-    arguments = {**SETTINGS, "granularity": "channel", "where": "block1.conv1, block2.*", "max_epochs": 3}
-    fast, plain = extract(model, train, val, **arguments), reference.extract(model, train, val, **arguments)
+    chosen = {"granularity": "channel", "where": "block1.conv1, block2.*"}
+    fast, plain = by_both(model, train, val, **SETTINGS, **chosen, max_epochs=3)
     assert_held_together(fast, plain)
     assert list(fast.scores) == ["block1.conv1", "block2.conv1", "block2.conv2"]
     assert_whole(fast, val)
@@ -141,8 +124,7 @@ def test_fft_convolutions_are_held_to_the_reference():
     if has_compiled_kernel():
         fast = GatedNetwork(model, BOTTLENECK, GateKind.FFW, 0, train[0][:4])
         assert any(isinstance(layer, FftConv2d) for layer in fast.module.modules())
-    arguments = {**SETTINGS, "max_epochs": 2}
-    assert_held_together(extract(model, train, val, **arguments), reference.extract(model, train, val, **arguments))
+    assert_held_together(*by_both(model, train, val, **SETTINGS, max_epochs=2))
 
 
 @pytest.mark.parametrize("gate", ["bernoulli", "concrete"])

@@ -5,20 +5,12 @@ import torch
 from safetensors import safe_open
 
 from ffw_fast import heads, optim
-from ffw_fast.extract import extract
 from ffw_fast.failures import memory_errors_explained
 from ffw_fast.loop import Loop
 from ffw_fast.run_state import CHECKPOINT
-from tests.six_features import arguments, network, samples
+from tests.short_runs import run
 
-
-@pytest.fixture(autouse=True)
-def short_runs(monkeypatch):
-    monkeypatch.setattr(heads, "MAX_EPOCHS", 6)
-
-
-def run(model=None, **changes):
-    return extract(model or network(), samples(40), samples(30, seed=1), **arguments(max_epochs=5, **changes))
+pytestmark = pytest.mark.usefixtures("short_fits")
 
 
 def poisoned(monkeypatch, epoch: int, step: int, poison) -> None:

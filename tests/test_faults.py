@@ -11,30 +11,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from ffw_fast import heads, run_state
-from ffw_fast.extract import extract
+from ffw_fast import run_state
 from ffw_fast.files import write_tensors
 from ffw_fast.progress import Progress
 from ffw_fast.run_state import CHECKPOINT
-from tests.six_features import arguments, network, samples
+from tests.short_runs import assert_same_bits, run
 
 resource = pytest.importorskip("resource", reason="limits of a process, on POSIX systems")
 
 
 @pytest.fixture(autouse=True)
-def short_runs(monkeypatch):
-    monkeypatch.setattr(heads, "MAX_EPOCHS", 6)
+def checkpoint_after_every_epoch(short_fits, monkeypatch):
     monkeypatch.setattr(run_state, "LONGEST", 0.0)
-
-
-def run(**changes):
-    return extract(network(), samples(40), samples(30, seed=1), **arguments(max_epochs=5, **changes))
-
-
-def assert_same_bits(found, expected):
-    for name in expected.scores:
-        assert torch.equal(found.scores[name], expected.scores[name])
-        assert torch.equal(found.best_scores[name], expected.best_scores[name])
 
 
 class AfterEpoch(Progress):

@@ -6,13 +6,7 @@ import torch
 from ffw_fast.flat_gates import FlatGates
 from ffw_fast.gates import GateKind
 from ffw_fast.optim import GatedAdam
-
-
-def spread_scores(gates: FlatGates, seed=0) -> None:
-    source = torch.Generator().manual_seed(seed)
-    for scores in gates.views(gates.scores).values():
-        scores.copy_(torch.randn(scores.shape, generator=source))
-    gates.refresh()
+from tests.small_gates import spread_scores
 
 
 def test_layers_start_at_multiples_of_16_and_the_padding_stays_zero():

@@ -7,23 +7,16 @@ import torch
 from torch import nn
 
 from ffw_fast import ops
-from ffw_fast.flat_gates import FlatGates
 from ffw_fast.gated_network import GatedNetwork
 from ffw_fast.gates import GATES, GateKind, gate_kind
 from ffw_fast.modules import mask_model, masked_layers, set_temperature
 from ffw_fast.optim import GatedAdam
 from tests import six_features, small_images
+from tests.small_gates import spread_scores
 
 
 def make(model, x, bottleneck, kind=GateKind.FFW, seed=3) -> GatedNetwork:
     return GatedNetwork(model, bottleneck, kind, seed, x[:8])
-
-
-def spread_scores(gates: FlatGates, seed=0) -> None:
-    source = torch.Generator().manual_seed(seed)
-    for scores in gates.views(gates.scores).values():
-        scores.copy_(torch.randn(scores.shape, generator=source))
-    gates.refresh()
 
 
 @pytest.mark.parametrize("gate", GATES)

@@ -1,22 +1,22 @@
 """An extraction where images of a few pixels leave taps idle: trained without them, and as if they had been there."""
 
-import itertools
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
-from ffw_fast import cautions, reference
+from ffw_fast import cautions
 from ffw_fast.convolutions.tap_major import TapMajorConv2d
 from ffw_fast.extract import extract
 from ffw_fast.flat_gates import FlatLayout
 from ffw_fast.gated_network import GatedNetwork
 from ffw_fast.gates import GateKind
 from ffw_fast.models import ResNet18
-from tests.small_images import BOTTLENECK, CLASSES, biased_set
-from tests.test_distributed import on_processes
-from tests.test_extract import SETTINGS, assert_held_together
+from tests.held_together import assert_held_together, by_both
+from tests.processes import on_processes
+from tests.short_runs import assert_same_bits
+from tests.small_images import BOTTLENECK, CLASSES, SETTINGS, biased_set
 
 IDLE = {"on_one": 8 * 8 * 8, "to_one": 6 * 8 * 5}  # taps of 3 x 3 that meet nothing
 
@@ -47,8 +47,7 @@ def idle_scores(scores: dict[str, torch.Tensor]) -> torch.Tensor:
 )
 def test_it_is_held_to_the_reference(settings):
     train, val = biased_set(130, 1, 1), biased_set(70, 1, 2)
-    arguments = {**SETTINGS, **settings, "max_epochs": 4}
-    fast, plain = extract(network(), train, val, **arguments), reference.extract(network(), train, val, **arguments)
+    fast, plain = by_both(network(), train, val, **SETTINGS, **settings, max_epochs=4)
     assert_held_together(fast, plain)
     assert {name: scores.shape for name, scores in fast.scores.items()} == {
         name: layer.weight.shape
@@ -63,15 +62,14 @@ def test_it_is_held_to_the_reference(settings):
 
 def test_bise_is_held_to_the_reference():
     train, val = biased_set(130, 1, 1), biased_set(70, 1, 2)
-    arguments = {**SETTINGS, "method": "bise", "max_epochs": 12}
-    fast, plain = extract(network(), train, val, **arguments), reference.extract(network(), train, val, **arguments)
+    fast, plain = by_both(network(), train, val, **SETTINGS, method="bise", max_epochs=12)
     for name, scores in plain.best_scores.items():
         torch.testing.assert_close(fast.best_scores[name], scores, rtol=1e-3, atol=1e-5)
     for measured in ("weight_sparsity", "sparsity"):
         assert fast.metrics["best"][measured] == pytest.approx(plain.metrics["best"][measured], abs=0.005)
 
 
-@pytest.mark.parametrize("kind", list(GateKind))
+@pytest.mark.parametrize("kind", GateKind)
 def test_idle_taps_are_left_out_where_gates_are_not_random(kind):
     trained = GatedNetwork(network(), BOTTLENECK, kind, 0, biased_set(8, 1, 1)[0])
     by_taps = [name for name, layer in trained.module.named_modules() if isinstance(layer, TapMajorConv2d)]
@@ -112,12 +110,7 @@ def test_it_resumes_with_the_same_bits(settings, tmp_path):
     whole = extract(network(), train, val, **arguments, max_epochs=4)
     extract(network(), train, val, **arguments, max_epochs=2, run_dir=tmp_path)
     resumed = extract(network(), train, val, **arguments, max_epochs=4, run_dir=tmp_path, resume=True)
-    for ours, theirs in itertools.chain(
-        zip(whole.scores.values(), resumed.scores.values(), strict=True),
-        zip(whole.best_scores.values(), resumed.best_scores.values(), strict=True),
-    ):
-        assert torch.equal(ours, theirs)
-    assert resumed.metrics["best"] == whole.metrics["best"]
+    assert_same_bits(resumed, whole)
     again = extract(network(), train, val, **arguments, max_epochs=4, run_dir=tmp_path, resume=True)
     assert all(torch.equal(again.best_scores[name], scores) for name, scores in whole.best_scores.items())
 

@@ -11,61 +11,7 @@ from ffw_fast.flat_gates import FlatGates
 from ffw_fast.gates import GATES, GateKind, gate_kind, gate_movement
 from ffw_fast.modules import flat_offsets
 from ffw_fast.optim import GatedAdam
-
-SHAPES = {"first": (5, 3), "second": (4, 2, 3)}
-
-
-def make_gates(kind=GateKind.FFW, seed=0, dtype=torch.float64) -> FlatGates:
-    source = torch.Generator().manual_seed(seed)
-    weights = {name: torch.randn(shape, generator=source, dtype=dtype) for name, shape in SHAPES.items()}
-    gates = FlatGates(weights, kind, seed=7)
-    for scores in gates.views(gates.scores).values():  # the padding stays 0
-        scores.copy_(torch.randn(scores.shape, generator=source, dtype=dtype))
-    gates.refresh()
-    return gates
-
-
-def loss_of(gated: dict[str, torch.Tensor], call: int = 0) -> torch.Tensor:
-    """Some function of the gated weights that is not linear, another one in every step."""
-    total = torch.zeros((), dtype=torch.float64)
-    for number, value in enumerate(gated.values()):
-        target = torch.linspace(-1, 1, value.numel(), dtype=torch.float64).view(value.shape).roll(call)
-        total = total + ((value.double() - target) ** 2).sum() * (1 + number)
-    return total
-
-
-def backward(gates: FlatGates, call: int = 0) -> torch.Tensor:
-    loss = loss_of(gates.views(gates.gated), call)
-    loss.backward()
-    return loss
-
-
-class PlainScores:
-    """The scores of the same layers as ordinary parameters, gated by the definition."""
-
-    def __init__(self, gates: FlatGates) -> None:
-        self.kind = gates.kind
-        self.weights = {name: value.clone() for name, value in gates.views(gates.weight).items()}
-        self.scores = {name: value.clone().requires_grad_() for name, value in gates.views(gates.scores).items()}
-        self.offsets = flat_offsets(value.numel() for value in self.weights.values())
-
-    def gated(self, draws: int, temperature: float = 1.0) -> dict[str, torch.Tensor]:
-        return {
-            name: weight * self.gate(self.scores[name], offset, draws, temperature)
-            for (name, weight), offset in zip(self.weights.items(), self.offsets, strict=False)
-        }
-
-    def gate(self, scores, offset: int, draws: int, temperature: float) -> torch.Tensor:
-        uniform = philox.uniform(scores.numel(), philox.make_draw(7, draws, offset)).view(scores.shape).double()
-        s = torch.sigmoid(scores / temperature)
-        noisy = scores + torch.logit(uniform)
-        value, slope = {
-            GateKind.FFW: ((2 * s).clamp_max(1), 2 * s),
-            GateKind.HARD: ((scores >= 0).double(), s),
-            GateKind.BERNOULLI: ((uniform < s).double(), s),
-            GateKind.CONCRETE: ((noisy >= 0).double(), torch.sigmoid(noisy / temperature)),
-        }[self.kind]
-        return slope + (value - slope).detach()
+from tests.small_gates import PlainScores, backward, loss_of, make_gates
 
 
 def assert_equal_scores(gates: FlatGates, plain: PlainScores) -> None:
@@ -247,9 +193,9 @@ def test_the_padding_has_no_part_in_the_movement(kind):
     optimizer = GatedAdam(gates, anneal_rate=1e-3)
     for step in range(3):
         expected = 0.0
-        for (name, scores), offset in zip(gates.views(gates.scores).items(), flat_offsets([15, 24]), strict=False):
+        for scores, offset in zip(gates.views(gates.scores).values(), flat_offsets([15, 24]), strict=False):
             draw = philox.make_draw(7, step, offset)
-            uniform = philox.uniform(scores.numel(), draw).view(SHAPES[name]).double()
+            uniform = philox.uniform(scores.numel(), draw).view(scores.shape).double()
             expected += gate_movement(kind, scores, gates.temperature, uniform).sum().item()
         assert gates.movement.item() == pytest.approx(expected, rel=1e-6)
         optimizer.step()

@@ -12,13 +12,14 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from ffw_fast import heads, run_state, schedule
+from ffw_fast import run_state, schedule
 from ffw_fast.extract import extract
 from ffw_fast.files import digest, write_tensors
 from ffw_fast.progress import Progress
 from ffw_fast.run_lock import LOCK
 from ffw_fast.run_state import ARRIVING, CHECKPOINT, PREVIOUS, Resumable, RunState, Snapshot
 from ffw_fast.version import __version__
+from tests.short_runs import assert_same_bits
 from tests.six_features import arguments, network, samples
 
 RUNS = [
@@ -31,9 +32,8 @@ EPOCHS = 6
 
 
 @pytest.fixture(autouse=True)
-def short_runs(monkeypatch):
-    """Heads are fitted for a few epochs only, and the published schedule cuts T where the MI fails twice."""
-    monkeypatch.setattr(heads, "MAX_EPOCHS", 6)
+def early_cuts(short_fits, monkeypatch):
+    """The published schedule cuts T where the MI fails twice."""
     monkeypatch.setattr(schedule, "MI_PATIENCE", 0)
 
 
@@ -71,18 +71,6 @@ def test_a_snapshot_stays_on_the_device():
 
 def run(run_dir: Path | None = None, **changes: Any):
     return extract(network(), samples(40, 2, 1), samples(30, 2, 2), run_dir=run_dir, **arguments(**changes))
-
-
-def without_seconds(history):
-    return [{name: value for name, value in row.items() if name != "seconds"} for row in history]
-
-
-def assert_same_bits(found, expected) -> None:
-    for name in expected.scores:
-        assert torch.equal(found.scores[name], expected.scores[name])
-        assert torch.equal(found.best_scores[name], expected.best_scores[name])
-    assert without_seconds(found.history) == without_seconds(expected.history)
-    assert without_seconds([found.metrics]) == without_seconds([expected.metrics])
 
 
 # resuming ------------------------------------------------------------------------------------------------------------
