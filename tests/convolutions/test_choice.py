@@ -12,18 +12,9 @@ from ffw_fast.convolutions import cheapest_convolutions, use_cheapest_convolutio
 from ffw_fast.convolutions.fft import has_compiled_kernel
 from ffw_fast.convolutions.unrolled import UnrolledConv2d, is_worth_unrolling, live_taps
 from ffw_fast.models import ResNet18
+from tests.convolutions.layers import few_pixels, layers_on_small_images
 
 needs_fft = pytest.mark.skipif(not has_compiled_kernel(), reason="the FFT convolution is not compiled")
-
-layers_on_small_images = st.builds(
-    dict,
-    kernel_size=st.tuples(st.integers(1, 5), st.integers(1, 5)),
-    stride=st.integers(1, 3),
-    padding=st.integers(0, 3),
-    dilation=st.integers(1, 2),
-    bias=st.booleans(),
-)
-few_pixels = st.integers(1, 4)  # height or width
 
 
 @settings(max_examples=60, deadline=None)

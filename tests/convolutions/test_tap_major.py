@@ -11,7 +11,7 @@ from ffw_fast.convolutions import lay_out_by_taps
 from ffw_fast.convolutions.batch_innermost import batch_innermost
 from ffw_fast.convolutions.tap_major import TapMajorConv2d, by_taps, put_taps
 from ffw_fast.convolutions.unrolled import is_worth_unrolling
-from tests.convolutions.test_choice import few_pixels, layers_on_small_images
+from tests.convolutions.layers import few_pixels, layers_on_small_images
 
 
 def laid_out(direct: nn.Conv2d, height: int, width: int) -> tuple[nn.Conv2d, torch.Tensor]:
