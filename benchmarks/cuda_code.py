@@ -18,6 +18,8 @@ from pathlib import Path
 from ffw_fast.benchmarks import sass
 from ffw_fast.benchmarks.sass import LIMITS, Sass
 
+from ffw_fast.backend import find_nvcc
+
 CSRC = Path(__file__).parents[1] / "csrc" / "cuda"
 STRICT = "-warn-spills,-warn-lmem-usage,-warn-double-usage,-Werror"
 A100 = LIMITS[80]
@@ -142,12 +144,6 @@ class Kernel:
             f"{self.blocks} blocks a multiprocessor, not {budget.blocks}": self.blocks < budget.blocks,
         }
         return [text for text, holds in found.items() if holds]
-
-
-def find_nvcc() -> str | None:
-    """The CUDA compiler, None where there is none."""
-    home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
-    return shutil.which("nvcc") or shutil.which("nvcc", path=f"{home}/bin")
 
 
 def find_cuobjdump() -> str | None:

@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from ffw_fast import extract, fusion, ops, philox, triton_backend
-from ffw_fast.backend import backend_info, without_folders
+from ffw_fast.backend import backend_info, find_nvcc, without_folders
 from ffw_fast.convolutions import repeatable_convolutions
 from ffw_fast.gates import GateKind
 from ffw_fast.modules import MASKED_CLASSES
@@ -113,7 +113,7 @@ def here(dry: bool) -> Rows:
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
         "triton": _version("triton"),
-        "nvcc": _output(_nvcc() or "nvcc", "--version"),
+        "nvcc": _output(find_nvcc() or "nvcc", "--version"),
         "driver": _output("nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"),
         "capability": None if dry else ".".join(map(str, torch.cuda.get_device_capability())),
         "tf32": {"matmul": triton_backend.matmul_precision(), "convolution": triton_backend.convolution_precision()},
@@ -130,7 +130,7 @@ def missing() -> list[str]:
     """What this machine lacks of all that the sections use, and what goes undone without it."""
     headers = Path(sysconfig.get_path("include"), "Python.h")
     wanted = {
-        "nvcc (set CUDA_HOME): no CUDA C++ kernels, Triton serves what they would": _nvcc(),
+        "nvcc (set CUDA_HOME): no CUDA C++ kernels, Triton serves what they would": find_nvcc(),
         "triton: no kernels of masked layers, PyTorch serves them": util.find_spec("triton"),
         "a C compiler, by which Triton builds its launchers": shutil.which("cc") or shutil.which("gcc"),
         f"{headers}, which Triton's launchers include": headers.exists(),
@@ -141,12 +141,6 @@ def missing() -> list[str]:
         "compute-sanitizer: memory accesses and races are not checked": sanitizer(),
     }
     return [what for what, found in wanted.items() if not found]
-
-
-def _nvcc() -> str | None:
-    homes = [os.environ.get(name) for name in ("CUDA_HOME", "CUDA_PATH")]
-    places = [str(Path(home, "bin", "nvcc")) for home in homes if home]
-    return next(filter(None, map(shutil.which, (*places, "/usr/local/cuda/bin/nvcc", "nvcc"))), None)
 
 
 def sanitizer() -> str | None:

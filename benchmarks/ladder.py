@@ -16,6 +16,7 @@ from ffw_fast.benchmarks import cuda_code
 from ffw_fast.benchmarks.sass import LIMITS
 from rich.table import Table
 
+from ffw_fast.backend import find_nvcc
 from ffw_fast.tables import print_table
 
 
@@ -87,7 +88,7 @@ def missing() -> dict[str, str]:
     found = {}
     if util.find_spec("triton") is None:
         found["Triton"] = "the package triton is missing: pip install 'ffw_fast[triton]'"
-    if cuda_code.find_nvcc() is None or cuda_code.find_cuobjdump() is None:
+    if find_nvcc() is None or cuda_code.find_cuobjdump() is None:
         found["CUDA C++"] = "nvcc or cuobjdump is missing: they come with the CUDA toolkit"
     return found
 

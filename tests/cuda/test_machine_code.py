@@ -21,7 +21,7 @@ ALLOWED = re.compile(r"(aoti_torch_|torch_)\w+|_ITM_\w+|__gmon_start__|.*@(GLIBC
 
 @pytest.fixture(scope="module")
 def needs_nvcc():
-    if cuda_code.find_nvcc() is None:
+    if find_nvcc() is None:
         pytest.skip("needs nvcc")
 
 
@@ -80,6 +80,7 @@ import ctypes, sys
 ctypes.CDLL(sys.argv[2], mode=ctypes.RTLD_GLOBAL)
 import torch
 from ffw_fast import ops
+from ffw_fast.backend import find_nvcc
 torch.ops.load_library(sys.argv[1])
 for name in sys.argv[3:]:
     assert torch._C._dispatch_has_kernel_for_dispatch_key(f"ffw_fast::{name}", "CUDA"), name
@@ -90,7 +91,7 @@ for name in sys.argv[3:]:
 def test_the_library_links_and_registers_every_operator(needs_nvcc, tmp_path):
     """Built as setup.py does; PyTorch's CUDA library, where there is none, is one function that is never called."""
     torch_folder, library = Path(torch.__file__).parent, tmp_path / "_cuda.so"
-    nvcc = cuda_code.find_nvcc()
+    nvcc = find_nvcc()
     flags = ("-shared", "-std=c++17", "-O3", "-arch=sm_80", "-Xcompiler=-fPIC,-fvisibility=hidden", "-DUSE_CUDA")
     sources = sorted(map(str, (CSRC / "cuda").glob("*.cu")))
     target = ("-DTORCH_TARGET_VERSION=0x020a000000000000", f"-I{torch_folder}/include", f"-L{torch_folder}/lib")
