@@ -10,6 +10,7 @@ import pytest
 import torch
 from ffw_fast.benchmarks import cuda_code
 
+from ffw_fast.backend import find_nvcc
 from tests.cuda.conftest import OPERATORS
 from tests.cuda.toolchain import CSRC
 
