@@ -12,7 +12,6 @@ from pathlib import Path
 from statistics import mean
 from typing import Any, Self
 
-from ffw_fast.run_lock import locked
 from ffw_fast.sweep.engines import (
     BAD_INPUT,
     POLL_SECONDS,
@@ -22,6 +21,7 @@ from ffw_fast.sweep.engines import (
     describe_failure,
     end_processes,
     start_process,
+    wait_until_free,
 )
 from ffw_fast.sweep.table import STOPPED
 
@@ -179,17 +179,6 @@ def _trainable(tune: Any, jobs: Sequence[Job], metric: str, threads: int) -> Any
             pass
 
     return Extraction
-
-
-def wait_until_free(folder: Path) -> None:
-    """Until no process works in the folder: that of a worker that was killed goes on without it, to its end."""
-    folder.mkdir(parents=True, exist_ok=True)
-    while True:
-        try:
-            with locked(folder):
-                return
-        except BlockingIOError:
-            time.sleep(1)
 
 
 def with_epochs(job: Job) -> Job:

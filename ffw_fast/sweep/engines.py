@@ -9,17 +9,20 @@ import subprocess
 import sys
 import time
 import traceback
-from collections import deque
 from collections.abc import Collection, Generator, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
+
+from ffw_fast.run_lock import locked
 
 LOG = "log.txt"  # what a command wrote to standard output and standard error
 POLL_SECONDS = 0.05
 CONNECT_SECONDS = 10
 ENDING_SECONDS = 30  # for a job that was told to end
 BAD_INPUT = 2  # the exit code of an error that comes again when the command is run again
+ERROR = "ffw-fast: error: "  # how the line begins that tells of it
 
 
 @dataclass(frozen=True)
@@ -63,17 +66,18 @@ class LocalProcesses:
         self._environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
 
     def run(self, jobs: Sequence[Job]) -> Generator[Outcome]:
-        waiting, running = deque(jobs), dict[subprocess.Popen[bytes], Job]()
+        waiting, running = list(jobs), dict[subprocess.Popen[bytes], Job]()
         try:
             while waiting or running:
-                while waiting and len(running) < self._processes:
-                    job = waiting.popleft()
+                free = (job for job in tuple(waiting) if is_free(job.folder))
+                for job in islice(free, self._processes - len(running)):
+                    waiting.remove(job)
                     running[start_process(job, self._environment)] = job
                 ended = [process for process in running if process.poll() is not None]
                 for process in ended:
                     job = running.pop(process)
                     if process.returncode not in (0, BAD_INPUT) and job.attempt < self._retries:
-                        waiting.appendleft(replace(job, attempt=job.attempt + 1))
+                        waiting.insert(0, replace(job, attempt=job.attempt + 1))
                     else:
                         yield job, describe_failure(process.returncode, job.folder)
                 if not ended:
@@ -82,9 +86,23 @@ class LocalProcesses:
             end_processes(running)
 
 
+def is_free(folder: Path) -> bool:
+    """Whether no process works in the folder: that of a sweep or a worker that was killed goes on without it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with locked(folder):
+            return True
+    except BlockingIOError:
+        return False
+
+
+def wait_until_free(folder: Path) -> None:
+    while not is_free(folder):
+        time.sleep(1)
+
+
 def start_process(job: Job, environment: dict[str, str]) -> "subprocess.Popen[bytes]":
     """The job's process, in a session of its own: Ctrl-C is for us, and its checkpoint outlives a kill."""
-    job.folder.mkdir(parents=True, exist_ok=True)
     with (job.folder / LOG).open("ab") as log:
         return subprocess.Popen(
             [sys.executable, "-m", "ffw_fast", *job.arguments],
@@ -182,7 +200,7 @@ def run_job(job: Job) -> int:
     import torch
 
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
-    job.folder.mkdir(parents=True, exist_ok=True)
+    wait_until_free(job.folder)
     own, sys.argv = sys.argv, ["ffw-fast", *job.arguments]
     with (job.folder / LOG).open("a") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
         try:
@@ -197,10 +215,12 @@ def run_job(job: Job) -> int:
 
 
 def describe_failure(code: int, folder: Path) -> str:
-    """Why a job failed, from its exit code and the last line of its log; empty where it did not."""
+    """Why a job failed, from its exit code and its log: its last error, or else its last line."""
     if code == 0:
         return ""
     if code < 0:
         return f"killed by signal {-code}"
     lines = (folder / LOG).read_text(errors="replace").strip().splitlines()
-    return lines[-1].removeprefix("ffw-fast: error: ") if lines else f"exit code {code}"
+    if code == BAD_INPUT:  # a warning, or what another process wrote, may come after it
+        lines = [line for line in lines if line.startswith(ERROR)] or lines
+    return lines[-1].removeprefix(ERROR) if lines else f"exit code {code}"

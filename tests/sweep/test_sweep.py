@@ -5,7 +5,9 @@ import re
 import signal
 import threading
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,8 @@ import pytest
 import ffw_fast.sweep.engines as engines
 from ffw_fast.cli import build_parser, main
 from ffw_fast.cli.sweep import NO_SETTING
-from ffw_fast.sweep.engines import Job, LocalProcesses
+from ffw_fast.run_lock import locked
+from ffw_fast.sweep.engines import Job, LocalProcesses, run_job
 from ffw_fast.sweep.grid import combinations
 from ffw_fast.sweep.trials import trial_name
 from tests.sweep.small_sweep import hold_the_same_bits, settings, table
@@ -149,10 +152,36 @@ def test_what_was_killed_is_run_again_and_bad_input_is_not(tmp_path, script):
     script(f"cd {tmp_path}/$1; echo x >> tries; [ $(wc -l < tries) -gt $1 ] || kill -9 $$")
     outcomes = {job.folder.name: failure for job, failure in engine(retries=2).run(jobs_in(tmp_path, 4))}
     assert outcomes == {"0": "", "1": "", "2": "", "3": "killed by signal 9"}
-    script('echo "ffw-fast: error: no such thing"; echo x >> "$0.tries"; exit 2')
+    script('echo "ffw-fast: error: no such thing"; echo "and a warning"; echo x >> "$0.tries"; exit 2')
     ((_, failure),) = engine().run(jobs_in(tmp_path, 1))
     assert failure == "no such thing"
     assert (tmp_path / "python.tries").read_text() == "x\n"
+
+
+@contextmanager
+def in_use(folder: Path) -> Iterator[None]:
+    """Within it another run uses the folder, as one does that outlives its sweep."""
+    folder.mkdir()
+    with ThreadPoolExecutor(1) as other, ExitStack() as lock:
+        other.submit(lock.enter_context, locked(folder)).result()
+        yield
+        other.submit(lock.close).result()
+
+
+def test_a_job_waits_for_whoever_uses_its_folder(tmp_path, script):
+    script("exit 0")
+    running = engine(processes=1).run(jobs_in(tmp_path, 2))
+    with in_use(tmp_path / "0"):
+        assert next(running)[0].folder.name == "1"
+    assert [job.folder.name for job, _ in running] == ["0"]
+
+
+def test_a_job_on_ray_waits_as_well(tmp_path, monkeypatch, restore_threads):
+    waited: list[float] = []
+    monkeypatch.setattr(engines, "is_free", lambda folder: folder == tmp_path and bool(waited))
+    monkeypatch.setattr(engines.time, "sleep", waited.append)
+    assert run_job(Job(("--version",), tmp_path)) == 0
+    assert len(waited) == 1
 
 
 def test_leaving_ends_the_jobs_under_way(tmp_path, script):
