@@ -1,6 +1,6 @@
 """What figures over many runs share: task and bias accuracy against one setting, mean and spread over seeds."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from itertools import cycle
 from pathlib import Path
 from statistics import mean
@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from ffw_fast.figures.rows import Rows, groups, spread
 from ffw_fast.figures.style import color, label_line, legend, new_axes, new_figure
 from ffw_fast.runs.reading import RunFolder, find_runs
+from ffw_fast.settings import DEFAULTS
 
 # Of task and bias accuracy, for each schedule.
 SERIES_COLORS = (("pruned", "warm"), ("best", "plum"), ("muted", "gold"))
@@ -23,15 +24,34 @@ def run_rows(paths: list[Path], **settings: Callable[[RunFolder], float]) -> Row
     The biases' accuracies are their mean. Runs that were interrupted are left out.
 
     Raises:
-        ValueError: runs of several workloads, or none that was finished.
+        ValueError: runs of several workloads, runs of one schedule that differ in more than the named settings and the
+            seed, or none that was finished.
     """
     runs = [run for run in find_runs(paths) if run.metrics.get("complete", True)]
     if not runs:
         raise ValueError(f"no finished run in {', '.join(map(str, paths))}")
     if len(titles := sorted({run.config.get("workload", run.title) for run in runs})) > 1:
         raise ValueError(f"runs of several workloads do not go into one figure: {', '.join(titles)}")
+    for schedule in {run.settings["schedule"] for run in runs}:
+        _check_alike([run for run in runs if run.settings["schedule"] == schedule], settings)
     order = ("schedule", *settings, "seed")
     return sorted((_row(run, settings) for run in runs), key=lambda row: [row[name] for name in order])
+
+
+def _check_alike(runs: Sequence[RunFolder], shown: Collection[str]) -> None:
+    """``ValueError`` where runs differ in what is not shown: the figure would take that for spread over seeds."""
+    asked = [_asked(run) for run in runs]
+    for name in dict.fromkeys(name for one in asked for name in one):
+        values = sorted({str(one.get(name)) for one in asked})
+        if name not in shown and len(values) > 1:
+            raise ValueError(f"runs that differ in {name} do not go into one figure: {', '.join(values)}")
+
+
+def _asked(run: RunFolder) -> dict[str, Any]:
+    """What the results of a run depend on, but for its seed and for how long it may take at most."""
+    recipe, options = run.config.get("vanilla_recipe") or {}, run.config.get("data_options") or {}
+    asked = {**options, "vanilla_epochs": recipe.get("epochs"), **DEFAULTS, **run.settings}
+    return {name: value for name, value in asked.items() if name not in ("seed", "max_epochs")}
 
 
 def _row(run: RunFolder, settings: dict[str, Callable[[RunFolder], float]]) -> dict[str, Any]:

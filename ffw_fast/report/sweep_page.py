@@ -24,7 +24,8 @@ def sweep_page(path: Path) -> str:
     """
     trials = read_sweep(path / TABLE)
     varied, finished = varied_options(trials), finished_trials(trials)
-    run = find_runs([path / trial["trial"] for trial in finished] or [path])[0]
+    folders = [path / trial["trial"] for trial in finished]
+    run = find_runs(folders or [path])[0]
     return render(
         "sweep.html.j2",
         run.title,
@@ -35,7 +36,7 @@ def sweep_page(path: Path) -> str:
         failed=failed_trials(trials),
         chance=run.chance,
         outcome=sweep_lines(trials, run.bias_names),
-        pictures=pictures(path, varied),
+        pictures=pictures(folders, varied),
         reports=[trial["trial"] for trial in trials if (path / trial["trial"] / REPORT).exists()],
         report=REPORT,
         asked=asked({name: value for name, value in run.settings.items() if name not in varied}),
@@ -43,11 +44,11 @@ def sweep_page(path: Path) -> str:
     )
 
 
-def pictures(path: Path, varied: list[str]) -> list[Picture]:
-    """The figure that shows all that was varied."""
+def pictures(folders: list[Path], varied: list[str]) -> list[Picture]:
+    """The figure of these runs that shows all that was varied."""
     options = set(varied) - WITHIN
     name = next((name for name, (_, shown) in FIGURES.items() if options and options <= shown), None)
-    if name is None:
+    if name is None or not folders:
         return []
     caption = "Mean over seeds, with one standard deviation around it."
-    return [picture(name, FIGURES[name][0], caption, figure_module(name).numbers([path]), wide=name == "anneal-rate")]
+    return [picture(name, FIGURES[name][0], caption, figure_module(name).numbers(folders), wide=name == "anneal-rate")]

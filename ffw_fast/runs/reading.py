@@ -107,15 +107,22 @@ def open_run(folder: Path) -> RunFolder:
 
 
 def find_runs(paths: Iterable[Path]) -> list[RunFolder]:
-    """All run folders at and below the paths, in the order of their names; ``FileNotFoundError`` if there are none."""
+    """All run folders at and below the paths, each once, in the order of their names.
+
+    Raises:
+        FileNotFoundError: there are none.
+        ValueError: one is damaged.
+    """
     paths = list(paths)
-    found = [run for path in paths for run in _runs_below(path)]
-    if not found:
+    folders = {folder.resolve(): folder for path in paths for folder in _run_folders_below(path)}
+    if not folders:
         raise FileNotFoundError(f"no run folder in {', '.join(map(str, paths))}: none holds {CONFIG} and {METRICS}")
-    return found
+    return list(map(open_run, folders.values()))
 
 
-def _runs_below(path: Path) -> Iterator[RunFolder]:
+def _run_folders_below(path: Path) -> Iterator[Path]:
+    """Without hidden ones, in which a run that was killed left what it was about to write."""
     for metrics in sorted(path.rglob(METRICS)):
-        if all((metrics.parent / name).is_file() for name in (CONFIG, HISTORY)):
-            yield open_run(metrics.parent)
+        is_hidden = any(part.startswith(".") for part in metrics.relative_to(path).parts)
+        if not is_hidden and all((metrics.parent / name).is_file() for name in (CONFIG, HISTORY)):
+            yield metrics.parent

@@ -31,15 +31,21 @@ def run(tmp_path_factory) -> Path:
 def sweep(run, tmp_path_factory) -> Path:
     """Four runs, two settings with two seeds each, made from one by changing what it says."""
     folder = tmp_path_factory.mktemp("sweep")
-    for index, (gamma, epochs, seed) in enumerate([(5.0, 1, 0), (5.0, 1, 1), (50.0, 9, 0), (50.0, 9, 1)]):
+    for index, (gamma, seed) in enumerate([(5.0, 0), (5.0, 1), (50.0, 0), (50.0, 1)]):
         copy = Path(shutil.copytree(run, folder / f"run-{index}"))
         config, metrics = (json.loads((copy / name).read_text()) for name in ("config.json", "metrics.json"))
         config["settings"] |= {"gamma": gamma, "seed": seed}
-        config["vanilla_recipe"]["epochs"] = epochs
         metrics["pruned"]["task_accuracy"] = 0.1 * index
         (copy / "config.json").write_text(json.dumps(config))
         (copy / "metrics.json").write_text(json.dumps(metrics))
     return folder
+
+
+def changed(run: Path, part: str, **values: object) -> None:
+    """Let the run's config say something else."""
+    config = json.loads((run / "config.json").read_text())
+    config[part] |= values
+    (run / "config.json").write_text(json.dumps(config))
 
 
 def rows_of(path: Path) -> list[dict[str, str]]:
@@ -98,16 +104,33 @@ def test_sweeps_show_every_run(sweep, tmp_path):
     assert [(row["gamma"], row["seed"], row["pruned_task_accuracy"]) for row in rows] == [
         ("5.0", "0", "0.0"), ("5.0", "1", "0.1"), ("50.0", "0", "0.2"), ("50.0", "1", "0.30000000000000004"),
     ]  # fmt: skip
-    assert [row["vanilla_epochs"] for row in figure("training-length", tmp_path, sweep)] == ["1", "1", "9", "9"]
+    copies = Path(shutil.copytree(sweep, tmp_path / "copies"))
+    for index, epochs in enumerate((1, 1, 9, 9)):
+        changed(copies / f"run-{index}", "settings", gamma=5.0)
+        changed(copies / f"run-{index}", "vanilla_recipe", epochs=epochs)
+    assert [row["vanilla_epochs"] for row in figure("training-length", tmp_path, copies)] == ["1", "1", "9", "9"]
+    with pytest.raises(ValueError, match="runs that differ in vanilla_epochs do not go into one figure: 1, 9"):
+        make_figure("gamma", [copies], tmp_path)
+
+
+@pytest.mark.parametrize(("part", "name", "value"), [("settings", "alpha", 2.0), ("data_options", "train_size", 50)])
+def test_runs_that_differ_in_what_a_figure_does_not_show_are_no_sweep(sweep, tmp_path, part, name, value):
+    copies = Path(shutil.copytree(sweep, tmp_path / "copies"))
+    changed(copies / "run-3", part, **{name: value})
+    with pytest.raises(ValueError, match=f"runs that differ in {name} do not go into one figure: "):
+        make_figure("gamma", [copies], tmp_path)
+
+
+def test_every_run_counts_once_and_none_that_is_half_written(sweep, tmp_path):
+    copies = Path(shutil.copytree(sweep, tmp_path / "copies"))
+    shutil.copytree(copies / "run-0", copies / "run-0" / ".writing-of-a-killed-run")
+    assert len(figure("gamma", tmp_path, copies, copies / "run-1", copies / "run-1" / "..")) == 4
 
 
 def test_every_schedule_of_a_sweep_has_its_lines(sweep, tmp_path):
     copies = Path(shutil.copytree(sweep, tmp_path / "copies"))
     for index, schedule in enumerate(("adaptive", "halving", "published", "published")):
-        path = copies / f"run-{index}" / "config.json"
-        config = json.loads(path.read_text())
-        config["settings"]["schedule"] = schedule
-        path.write_text(json.dumps(config))
+        changed(copies / f"run-{index}", "settings", schedule=schedule)
     gamma = figure_module("gamma")
     labels = {line.get_label() for line in gamma.draw(gamma.numbers([copies])).axes[0].lines}
     assert {f"task, {schedule}" for schedule in ("adaptive", "halving", "published")} < labels
@@ -120,10 +143,9 @@ def test_the_style_reaches_what_is_drawn(sweep, tmp_path):
 
 def test_anneal_rates_show_adaptive_runs_only(sweep, tmp_path):
     copies = Path(shutil.copytree(sweep, tmp_path / "sweep"))
-    for index, config in enumerate(sorted(copies.glob("*/config.json"))):
-        content = json.loads(config.read_text())
-        content["settings"] |= {"schedule": "adaptive" if index else "published", "anneal_rate": 1e-4 * (1 + index)}
-        config.write_text(json.dumps(content))
+    for index in range(4):
+        schedule = "adaptive" if index else "published"
+        changed(copies / f"run-{index}", "settings", schedule=schedule, anneal_rate=1e-4 * (1 + index))
     rows = figure("anneal-rate", tmp_path, copies)
     assert [(row["anneal_rate"], row["gamma"]) for row in rows] == [
         ("0.0002", "5.0"), ("0.00030000000000000003", "50.0"), ("0.0004", "50.0"),

@@ -139,6 +139,13 @@ def test_a_sweep_has_a_page_with_its_settings_and_its_figure(sweep, capsys):
         assert (sweep / link).is_file()
 
 
+def test_the_figure_shows_the_runs_of_the_table_alone(sweep, tmp_path):
+    folder = Path(shutil.copytree(sweep, tmp_path / "copy"))
+    page = write_report(folder).read_text()
+    shutil.copytree(folder / "gamma-1_seed-1", folder / "gamma-1")  # of an earlier sweep in the folder
+    assert write_report(folder).read_text() == page
+
+
 def test_a_figure_that_would_average_over_other_options_is_left_out(sweep, tmp_path):
     folder = Path(shutil.copytree(sweep, tmp_path / "copy"))
     rows = [{"trial": row.pop("trial"), "alpha": 1, **row} for row in read_sweep(folder / "sweep.csv")]
