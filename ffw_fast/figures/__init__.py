@@ -11,6 +11,7 @@ from pathlib import Path
 from types import ModuleType
 
 from ffw_fast.figures.rows import write_rows
+from ffw_fast.runs.reading import damage_named
 
 MISSING = "figures need matplotlib: pip install 'ffw_fast[figures]'"
 
@@ -65,7 +66,7 @@ def make_figure(name: str, paths: Sequence[str | os.PathLike[str]], out: str | o
         out: the folder to write to; it is made where it is not there.
 
     Raises:
-        ValueError: an unknown name, or a damaged file.
+        ValueError: an unknown name, or files that are damaged or hold nothing that the figure shows.
         FileNotFoundError: nothing to read at the paths.
         ImportError: matplotlib is not installed.
     """
@@ -74,10 +75,10 @@ def make_figure(name: str, paths: Sequence[str | os.PathLike[str]], out: str | o
     module = figure_module(name)
     from ffw_fast.figures.style import in_style, save
 
-    rows = module.numbers([Path(path) for path in paths])
-    folder = Path(out)
-    folder.mkdir(parents=True, exist_ok=True)
-    table = folder / f"{name}.csv"
-    write_rows(table, rows)
-    with in_style():
+    sources, folder = [Path(path) for path in paths], Path(out)
+    with damage_named(sources), in_style():
+        rows = module.numbers(sources)
+        folder.mkdir(parents=True, exist_ok=True)
+        table = folder / f"{name}.csv"
+        write_rows(table, rows)
         return [*save(module.draw(rows), folder, name), table]

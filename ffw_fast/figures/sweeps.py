@@ -12,7 +12,6 @@ from matplotlib.figure import Figure
 from ffw_fast.figures.rows import Rows, groups, spread
 from ffw_fast.figures.style import color, label_line, legend, new_axes, new_figure
 from ffw_fast.runs.reading import RunFolder, find_runs
-from ffw_fast.settings import DEFAULTS
 
 # Of task and bias accuracy, for each schedule.
 SERIES_COLORS = (("pruned", "warm"), ("best", "plum"), ("muted", "gold"))
@@ -50,7 +49,7 @@ def _check_alike(runs: Sequence[RunFolder], shown: Collection[str]) -> None:
 def _asked(run: RunFolder) -> dict[str, Any]:
     """What the results of a run depend on, but for its seed and for how long it may take at most."""
     recipe, options = run.config.get("vanilla_recipe") or {}, run.config.get("data_options") or {}
-    asked = {**options, "vanilla_epochs": recipe.get("epochs"), **DEFAULTS, **run.settings}
+    asked = {**options, "vanilla_epochs": recipe.get("epochs"), **run.settings}
     return {name: value for name, value in asked.items() if name not in ("seed", "max_epochs")}
 
 

@@ -15,7 +15,11 @@ LEFT_OUT = ("vanilla", "magnitude pruning")  # they do not use the unbiased set
 
 
 def numbers(paths: list[Path]) -> Rows:
-    """One row for each comparison, method and seed. ``ValueError`` where a comparison does not tell its digits."""
+    """One row for each comparison, method and seed.
+
+    Raises:
+        ValueError: a comparison does not tell its digits, or none has come to a method that uses them.
+    """
     rows: Rows = []
     for path in paths:
         comparison = read_comparison(path)
@@ -24,6 +28,8 @@ def numbers(paths: list[Path]) -> Rows:
             raise ValueError(f"the comparison in {path} was made without --unbiased-digits")
         found = comparison_rows(comparison)
         rows += [{"unbiased_digits": digits, **row} for row in found if row["family"] not in LEFT_OUT]
+    if not rows:
+        raise ValueError(f"no method that uses unbiased digits in {', '.join(map(str, paths))} yet")
     return rows
 
 

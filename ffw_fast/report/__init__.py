@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ffw_fast.comparison.record import RESULTS
 from ffw_fast.files import written_whole
-from ffw_fast.runs.reading import REPORT, open_run
+from ffw_fast.runs.reading import REPORT, damage_named, open_run
 from ffw_fast.sweep.table import TABLE
 
 MISSING = "the report needs Jinja2 and Matplotlib: pip install 'ffw_fast[report]'"
@@ -26,7 +26,8 @@ def write_report(folder: str | os.PathLike[str]) -> Path:
         ImportError: the extra ``report`` is not installed.
     """
     path = Path(folder)
-    page = _page(path)
+    with damage_named([path]):
+        page = _page(path)
     with written_whole(path / REPORT) as temporary:
         temporary.write_text(page, encoding="utf-8")
     return path / REPORT

@@ -1,6 +1,7 @@
 """Reads what runs left in their folders, for figures and the report."""
 
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -9,7 +10,8 @@ from typing import Any
 from torch import Tensor
 
 from ffw_fast.extraction import BEST_SCORES, CONFIG, HISTORY, METRICS, SCORES, read_history
-from ffw_fast.files import read_json, read_tensors
+from ffw_fast.files import DamagedFileError, read_json, read_tensors
+from ffw_fast.settings import DEFAULTS
 from ffw_fast.sizes import SIZES
 
 EXAMPLES = "examples.safetensors"
@@ -46,7 +48,8 @@ class RunFolder:
 
     @property
     def settings(self) -> dict[str, Any]:
-        return self.config["settings"]
+        """Of the extraction; one that the version of the file did not know was what is now its default."""
+        return {**DEFAULTS, **self.config["settings"]}
 
     @property
     def title(self) -> str:
@@ -84,6 +87,16 @@ class RunFolder:
         """What ``ffw_fast.attribution.explain`` gave; empty where the data are no images."""
         path = self.path / EXAMPLES
         return read_tensors(path)[0] if path.exists() else {}
+
+
+@contextmanager
+def damage_named(paths: Iterable[Path]) -> Iterator[None]:
+    """Within it what files lack, or hold in another form than they are read in, is a ``DamagedFileError``."""
+    try:
+        yield
+    except (LookupError, TypeError, AttributeError, ArithmeticError) as error:
+        where = ", ".join(map(str, paths))
+        raise DamagedFileError(f"{where} is incomplete, damaged or of another kind: {error!r}") from error
 
 
 def open_run(folder: Path) -> RunFolder:

@@ -165,7 +165,7 @@ def test_cooling_shows_every_epoch_and_all_gates(tmp_path):
     assert [row["schedule"] for row in rows if row["epoch"]] == ["published"] * 3 + ["adaptive"] * 2
     assert [row["share"] for row in rows if row["when"]] == ["0.0", "0.25", "0.75", "0.5", "0.0", "0.5"]
     results.write_text("{}")
-    with pytest.raises(ValueError, match="is not of ffw-fast bench cooling"):
+    with pytest.raises(ValueError, match=r"cooling.json is incomplete.* KeyError\('published'\)"):
         make_figure("cooling", [results], tmp_path)
 
 
@@ -220,6 +220,10 @@ def test_unbiased_digits_come_from_several_comparisons(tmp_path):
     rows = figure("unbiased-digits", tmp_path, *(path.parent for path in paths))
     assert {row["unbiased_digits"] for row in rows} == {"30", "100"}
     assert "vanilla" not in {row["method"] for row in rows}
+    begun = {**content, "methods": {"vanilla": content["methods"]["vanilla"]}}
+    paths[0].write_text(json.dumps(begun))
+    with pytest.raises(ValueError, match="no method that uses unbiased digits in "):
+        make_figure("unbiased-digits", paths[:1], tmp_path)
     with pytest.raises(ValueError, match="without --unbiased-digits"):
         make_figure("unbiased-digits", [COMPARISON], tmp_path)
 
@@ -249,6 +253,13 @@ def test_bad_input_is_named(run, tmp_path, capsys):
     damaged.write_text('{"identity": {}, "methods": {}}')
     assert main(["figure", "trade-off", str(tmp_path), "--out", str(tmp_path)]) == 2
     assert "does not hold a comparison" in capsys.readouterr().err
+
+
+def test_a_run_that_lacks_something_is_named(run, tmp_path):
+    copy = Path(shutil.copytree(run, tmp_path / "copy"))
+    (copy / "history.csv").write_text("epoch\n1\n")
+    with pytest.raises(ValueError, match=f"{copy} is incomplete, damaged or of another kind: KeyError"):
+        make_figure("training", [copy], tmp_path)
 
 
 def test_missing_matplotlib_is_named(run, tmp_path, monkeypatch):

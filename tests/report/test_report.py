@@ -136,7 +136,7 @@ def test_sizes_are_shown_where_they_were_measured(folder, page, tmp_path):
     assert " ".join(["time", "of", "one", "batch", "ms", "4.00", "1.00", "4.00"]) in " ".join(table.split())
     assert "2,000" in table
     (copy / "sizes.json").write_text('{"networks": {"compact": {}}}')
-    with pytest.raises(ValueError, match="does not hold sizes"):
+    with pytest.raises(ValueError, match=f"{copy} is incomplete, damaged or of another kind: KeyError"):
         write_report(copy)
 
 
@@ -147,6 +147,34 @@ def test_a_folder_without_a_run_is_an_error(tmp_path, folder, capsys):
     (damaged / "metrics.json").write_text("{")
     assert main(["report", str(damaged)]) == 2
     assert "metrics.json is damaged" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new"),
+    [
+        ("metrics.json", '"task_accuracy"', '"accuracy"'),
+        ("metrics.json", '"bias_mi"', '"information"'),
+        ("metrics.json", '"bias_mi": [', '"bias_mi": [], "more": ['),
+        ("config.json", '"num_bias_classes": 10', '"num_bias_classes": 0'),
+        ("config.json", '"samples": {', '"samples": 3, "more": {'),
+        ("history.csv", "temperature", "heat"),
+    ],
+)
+def test_a_run_that_lacks_something_is_an_error(folder, tmp_path, capsys, file, old, new):
+    copy = Path(shutil.copytree(folder, tmp_path / "copy"))
+    text = (copy / file).read_text()
+    assert old in text
+    (copy / file).write_text(text.replace(old, new))
+    assert main(["report", str(copy)]) == 2
+    assert f"{copy} is incomplete, damaged or of another kind" in capsys.readouterr().err
+
+
+def test_a_run_of_a_version_that_knew_fewer_settings_has_a_page(folder, page, tmp_path):
+    copy = Path(shutil.copytree(folder, tmp_path / "copy"))
+    config = json.loads((copy / "config.json").read_text())
+    del config["settings"]["method"]
+    (copy / "config.json").write_text(json.dumps(config))
+    assert "FFW, adaptive schedule" in write_report(copy).read_text()
 
 
 def test_a_missing_extra_is_named(folder, monkeypatch):
