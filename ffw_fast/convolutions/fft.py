@@ -295,6 +295,11 @@ class _Loan:
         _free_memory.append(self.memory)
 
 
+def _is_kept_elsewhere() -> bool:
+    """Whether hooks keep what is saved, as checkpointing does: it may need that longer than its graph lives."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
+
+
 def release_memory() -> None:
     """Give up the memory that is kept for the spectra of the next step."""
     with _lending:
@@ -317,7 +322,7 @@ class _FftConv2d(torch.autograd.Function):
         ctx.loans = []
 
         def new_spectrum(size: int) -> Tensor:
-            if torch.compiler.is_compiling():
+            if torch.compiler.is_compiling() or _is_kept_elsewhere():
                 return x.new_empty(size)
             ctx.loans.append(_Loan(size, x))
             return ctx.loans[-1].memory[:size]

@@ -12,6 +12,7 @@ import sys
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from ffw_fast.convolutions import fft, use_cheapest_convolutions
 from ffw_fast.convolutions.batch_innermost import BatchInnermostGlobalPool
@@ -263,6 +264,27 @@ def test_memory_is_used_again():
     assert len(fft._free_memory) == 1
     fft.release_memory()
     assert not fft._free_memory
+
+
+def test_nested_checkpoints_keep_their_spectra():
+    """What the outer one computes again is needed after its graph is gone, and while the inner one computes again."""
+    torch.manual_seed(0)
+    layers = [FftConv2d(8, 8, 7, padding=3) for _ in range(3)]
+    x = torch.randn(8, 8, 28, 28)
+
+    def inner(x):
+        return layers[2](layers[1](x).tanh()).tanh()
+
+    def outer(x, nested):
+        x = layers[0](x).tanh()
+        return checkpoint(inner, x, use_reentrant=False) if nested else inner(x)
+
+    def gradients(y):
+        return torch.autograd.grad(y.square().sum(), [layer.weight for layer in layers])
+
+    expected = gradients(outer(x, nested=False))
+    for ours, plain in zip(gradients(checkpoint(outer, x, True, use_reentrant=False)), expected, strict=True):
+        assert torch.equal(ours, plain)
 
 
 @pytest.mark.parametrize(
