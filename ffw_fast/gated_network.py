@@ -4,6 +4,7 @@ The gated weight ``v = w * g(m)`` of every layer is an ordinary leaf whose gradi
 backward are plain convolutions and matmuls. The leaves are views of flat buffers over all layers (``flat_gates``).
 """
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -76,7 +77,8 @@ class GatedNetwork:
         if channels is not None:
             channels.check_bottleneck(bottleneck)
             frozen, sites = channels.explicit()
-        self.module = simplified(frozen, bottleneck, lambda network: outputs_of(network, bottleneck, example))
+        outputs = partial(outputs_of, bottleneck=bottleneck, x=example)
+        self.module = simplified(frozen, bottleneck, outputs)
         layers = maskable_layers(self.module)
         weights = {name: layer.weight.detach() for name, layer in layers.items()}
         if channels is not None:
@@ -84,7 +86,7 @@ class GatedNetwork:
         self.layout = FlatLayout({name: weight.shape for name, weight in weights.items()})
         self._taps: dict[str, Tensor] = {}
         if channels is None and example.device.type == "cpu" and not kind.is_random and (group or Alone()).count == 1:
-            self._taps = lay_out_by_taps(self.module, example)
+            self._taps = lay_out_by_taps(self.module, outputs)
             weights |= {name: layers[name].weight.detach() for name in self._taps}
         idle = {name: shape.numel() - weights[name].numel() for name, shape in self.layout.shapes.items()}
         self.gates = FlatGates(weights, kind, seed, group, idle)

@@ -18,6 +18,8 @@ from ffw_fast.convolutions.fft import FftConv2d, can_use_fft, has_compiled_kerne
 from ffw_fast.convolutions.tensor_core import TensorCoreConv2d
 from ffw_fast.convolutions.unrolled import UnrolledConv2d, is_worth_unrolling
 from ffw_fast.modes import evaluation_mode
+from ffw_fast.precision import full_float32
+from ffw_fast.simplify import Outputs, still_gives
 from ffw_fast.tanh import use_fast_tanh
 
 Sizes = set[tuple[int, int]]
@@ -41,7 +43,8 @@ def use_cheapest_convolutions(model: nn.Module, example: Tensor) -> dict[str, st
         return {}
     if example.device.type == "cuda":
         return _for_tensor_cores(model, example)
-    sizes = _image_sizes(model, example)
+    with _image_sizes(model) as sizes:
+        model(example.clone())  # a copy, for a layer may overwrite its input
     chosen = {name: _cheapest(layer, sizes[layer]) for name, layer in model.named_modules() if layer in sizes}
     for name, way in chosen.items():
         if way is not None:
@@ -55,23 +58,31 @@ CLASSES: dict[str, type[nn.Conv2d]] = {"unrolled": UnrolledConv2d, "fft": FftCon
 
 
 @torch.no_grad()
-def lay_out_by_taps(model: nn.Module, example: Tensor) -> dict[str, Tensor]:
+@full_float32()
+def lay_out_by_taps(model: nn.Module, outputs: Outputs) -> dict[str, Tensor]:
     """Lay the weights of convolutions of a few pixels out tap by tap, in place.
 
+    Nothing is done where that changes the outputs: where the model's code reads such a weight itself, too.
+
     Args:
-        model: a frozen network on the CPU; it is run once.
-        example: a few samples, of the only shape that it will be run on.
+        model: a frozen network on the CPU.
+        outputs: runs the model on a few samples, of the only shape that it will be run on, and gives all the outputs
+            that matter.
 
     Returns:
         Name of each layer that was changed -> the taps that are left of it, see ``tap_major.lay_out``.
     """
-    sizes = _image_sizes(model, example)
-    found = {
-        name: tap_major.lay_out(layer, *next(iter(sizes[layer])))
-        for name, layer in model.named_modules()
-        if len(sizes.get(layer, ())) == 1
-    }
-    return {name: taps for name, taps in found.items() if taps is not None}
+    with _image_sizes(model) as sizes:
+        expected = outputs(model)
+    layers = {name: layer for name, layer in model.named_modules() if len(sizes.get(layer, ())) == 1}
+    weights = {name: layer.weight for name, layer in layers.items()}
+    found = {name: tap_major.lay_out(layer, *next(iter(sizes[layer]))) for name, layer in layers.items()}
+    laid_out = {name: taps for name, taps in found.items() if taps is not None}
+    if laid_out and not still_gives(model, expected, outputs):
+        for name in laid_out:
+            tap_major.put_back(layers[name], weights[name])
+        return {}
+    return laid_out
 
 
 def _for_tensor_cores(model: nn.Module, example: Tensor) -> dict[str, str]:
@@ -123,12 +134,12 @@ def cheapest_convolutions(model: nn.Module, example: Tensor) -> Iterator[None]:
             module.__dict__.pop("_taps_by_size", None)
 
 
-def _image_sizes(model: nn.Module, example: Tensor) -> dict[nn.Conv2d, Sizes]:
-    """Heights and widths of the images that each convolution gets."""
-    sizes: dict[nn.Conv2d, Sizes] = {}
+@contextmanager
+def _image_sizes(model: nn.Module) -> Iterator[dict[nn.Module, Sizes]]:
+    """Within it heights and widths of the images that each convolution gets are noted."""
+    sizes: dict[nn.Module, Sizes] = {}
 
     def note(layer: nn.Module, inputs: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:
-        assert isinstance(layer, nn.Conv2d)
         x = inputs[0] if inputs else named["input"]
         if x.dim() == 4:
             sizes.setdefault(layer, set()).add((x.shape[2], x.shape[3]))
@@ -136,8 +147,7 @@ def _image_sizes(model: nn.Module, example: Tensor) -> dict[nn.Conv2d, Sizes]:
     layers = [layer for layer in model.modules() if type(layer) is nn.Conv2d]
     hooks = [layer.register_forward_pre_hook(note, with_kwargs=True) for layer in layers]
     try:
-        model(example.clone())  # a copy, for a layer may overwrite its input
+        yield sizes
     finally:
         for hook in hooks:
             hook.remove()
-    return sizes

@@ -66,6 +66,13 @@ def lay_out(layer: nn.Conv2d, height: int, width: int) -> Tensor | None:
     return taps
 
 
+def put_back(layer: nn.Conv2d, weight: nn.Parameter) -> None:
+    """Undo ``lay_out``: the layer with the weight that it had."""
+    layer.__class__, layer.weight = nn.Conv2d, weight
+    for name in TapMajorConv2d.__annotations__:
+        delattr(layer, name)
+
+
 def by_taps(weight: Tensor, taps: Tensor) -> Tensor:
     """(P, C, K) of these taps of a weight (K, C, ...)."""
     return weight.flatten(2)[:, :, taps].permute(2, 1, 0)

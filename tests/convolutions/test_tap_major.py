@@ -17,7 +17,8 @@ from tests.convolutions.layers import few_pixels, layers_on_small_images
 def laid_out(direct: nn.Conv2d, height: int, width: int) -> tuple[nn.Conv2d, torch.Tensor]:
     """A trainable copy that lies tap by tap, and its taps."""
     layer = copy.deepcopy(direct)
-    taps = lay_out_by_taps(layer, torch.zeros(1, direct.in_channels, height, width).to(direct.weight))[""]
+    image = torch.zeros(1, direct.in_channels, height, width).to(direct.weight)
+    taps = lay_out_by_taps(layer, lambda layer: [layer(image)])[""]
     assert type(layer) is TapMajorConv2d
     return layer.requires_grad_(), taps
 
@@ -88,6 +89,24 @@ def test_layers_on_images_of_several_sizes_stay_as_they_are():
             return self.conv(x).sum() + self.conv(x[:, :, :1, :1]).sum()
 
     model = Twice()
-    assert lay_out_by_taps(model, torch.randn(2, 3, 2, 2)) == {}
+    assert lay_out_by_taps(model, lambda model: [model(torch.randn(2, 3, 2, 2))]) == {}
     assert type(model.conv) is nn.Conv2d
-    assert lay_out_by_taps(nn.Conv2d(3, 3, 3, padding=1), torch.randn(2, 3, 9, 9)) == {}
+    assert lay_out_by_taps(nn.Conv2d(3, 3, 3, padding=1), lambda model: [model(torch.randn(2, 3, 9, 9))]) == {}
+
+
+@pytest.mark.parametrize(
+    "other_use",
+    [
+        lambda conv, y: y / conv.weight.square().sum().sqrt(),
+        lambda conv, y: nn.functional.conv_transpose2d(y, conv.weight, padding=1),
+    ],
+    ids=["another output", "an error"],
+)
+def test_layers_whose_weight_is_read_elsewhere_too_stay_as_they_are(other_use):
+    conv = nn.Conv2d(3, 8, 3, padding=1)
+    conv.register_forward_hook(lambda conv, _inputs, y: other_use(conv, y))
+    before, weight, x = dict(vars(conv)), conv.weight, torch.randn(2, 3, 1, 1)
+    expected = conv(x)
+    assert lay_out_by_taps(conv, lambda conv: [conv(x)]) == {}
+    assert type(conv) is nn.Conv2d and conv.weight is weight and vars(conv) == before
+    assert torch.equal(conv(x), expected)
