@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Self
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
@@ -18,6 +18,7 @@ from ffw_fast.checks import check_seed
 from ffw_fast.fusion import fuses
 from ffw_fast.gates import gate_kind
 from ffw_fast.parts import held_elsewhere, matching, replace_module
+from ffw_fast.simplify import WholeModules
 
 FLAT_ALIGNMENT = 16  # elements; each layer's gates start at such a multiple in the network's flat list of gates
 GATED_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -365,6 +366,10 @@ def mask_model(
     they are, so that several calls with different ``include`` can give layers different gates. Where an error is
     raised, the model is as it was.
 
+    A layer whose weight the model's code reads past the layer's own ``forward`` would stay dense there and is refused.
+    That is seen in the graph of ``torch.fx``; in a model that cannot be traced such a layer is one whose scores have
+    no gradient (``grad is None``) after a backward pass.
+
     Args:
         model: any module; it is changed in place. ``ffw_fast.masked_layers(model)`` lists what was masked.
         gate: "ffw", "hard", "bernoulli" or "concrete".
@@ -409,14 +414,37 @@ def mask_model(
 
 
 def _check_tree(model: nn.Module, layers: dict[str, DenseLayer]) -> None:
-    """Refuse layers that the model's code may reach past the model's tree, where they would stay dense."""
+    """Refuse layers that the model's code may reach, or read, past the model's tree, where they would stay dense."""
     held = held_elsewhere(model, set(layers.values()))
+    read = _read_parameters(model)
     for name, layer in layers.items():
+        if f"{name}.weight" in read:
+            raise ValueError(
+                f"the weight of layer {name!r} is read past the layer's own forward method, where it would stay "
+                "without gates: call the layer instead, or leave it out with `include`"
+            )
         if layer in held:
             raise ValueError(
                 f"layer {name!r} is held by the attribute {held[layer]} too, through which it would be called without "
                 "gates: keep layers in nn.ModuleList or nn.ModuleDict, or leave this one out with `include`"
             )
+
+
+def _read_parameters(model: nn.Module) -> set[str]:
+    """Names of the parameters whose values the model's own code reads; none where its graph cannot be traced."""
+    try:
+        twin = copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()}).eval()
+        with torch.random.fork_rng(devices=[]):
+            graph = WholeModules(MaskedLayer).trace(twin)
+    except Exception:  # whatever the model's code raises under symbolic inputs
+        return set()
+    return {str(node.target) for node in graph.nodes if node.op == "get_attr" and not all(map(_describes, node.users))}
+
+
+def _describes(node: fx.Node) -> bool:
+    """Whether a node asks a tensor for no more than its kind."""
+    name = node.args[1] if node.target is getattr else node.target
+    return name in ("dtype", "device", "shape", "ndim", "size", "dim", "numel")
 
 
 def _gate_channels(model: nn.Module, gate: str, include: LayerFilter, seed: int) -> nn.Module:

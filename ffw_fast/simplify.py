@@ -161,7 +161,7 @@ def split_before(model: nn.Module, first: type[nn.Module], bottleneck: str) -> t
     if model._forward_hooks or model._forward_pre_hooks:
         return None
     try:
-        graph = _WholeModules(first).trace(model)
+        graph = WholeModules(first).trace(model)
     except Exception:  # whatever the model's code raises under symbolic inputs
         return None
     node = next(node for node in graph.nodes if isinstance(module_of(model, node), first))
@@ -207,7 +207,7 @@ def _has_effects(node: fx.Node) -> bool:
     return in_place or node.is_impure()
 
 
-class _WholeModules(fx.Tracer):
+class WholeModules(fx.Tracer):
     """Does not look into modules of a class, nor into those without parts."""
 
     def __init__(self, whole: type[nn.Module]) -> None:

@@ -539,6 +539,20 @@ def with_another_forward():
     return layer
 
 
+class ReadingWeights(nn.Module):
+    """Reads one layer's weight past the layer, another one's dtype alone, and draws and counts as it runs."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(3, 3), nn.Linear(3, 3)
+        self.register_buffer("runs", torch.zeros(()))
+
+    def forward(self, x):
+        self.runs += torch.rand(())
+        self.kept = nn.functional.linear(x.to(self.second.weight.dtype), self.first.weight, self.first.bias)
+        return self.second(self.kept)
+
+
 COMPUTED = "of layer '0' is computed by a parametrization"
 LAZY = "'0.weight' is not initialised yet"
 
@@ -554,6 +568,7 @@ LAZY = "'0.weight' is not initialised yet"
         (lambda: with_first(prune.l1_unstructured(nn.Linear(3, 3), "weight", 2)), ValueError, COMPUTED),
         (lambda: with_first(with_parametrized_bias(nn.Linear(3, 3))), ValueError, COMPUTED),
         (lambda: with_first(with_another_forward()), ValueError, "forward method of layer '0' was replaced"),
+        (ReadingWeights, ValueError, "the weight of layer 'first' is read past the layer's own forward method"),
         (lambda: with_first(nn.LazyLinear(3)), ValueError, LAZY),
         (lambda: nn.Sequential(nn.LazyConv2d(3, 3)), ValueError, LAZY),
         (lambda: with_first(nn.LazyBatchNorm1d()), ValueError, LAZY),
@@ -571,6 +586,15 @@ def test_what_cannot_be_masked_is_refused_and_left_alone(make, error, message):
     if isinstance(model, nn.Module):
         assert [p.requires_grad for p in model.parameters()] == flags
         assert not masked_layers(model)
+
+
+def test_layers_are_masked_beside_one_that_is_read_past_its_forward():
+    model, state = ReadingWeights(), torch.random.get_rng_state()
+    assert list(masked_layers(mask_model(model, include="second"))) == ["second"]
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert model.runs == 0 and not hasattr(model, "kept")
+    with pytest.raises(ValueError, match="'first' is read past"):
+        mask_model(model)
 
 
 @pytest.mark.parametrize(
