@@ -178,12 +178,17 @@ class ChannelGraph:
         self.check_masks(masks)
         for name, rows in self.silent_rows(masks).items():
             _silence(self.model.get_submodule(name), rows)
-        open_places = [name for name, mask in masks.items() if not (self.places[name].is_silenced or mask.all())]
-        if not open_places:
+        return self.masked(
+            {name: mask for name, mask in masks.items() if not (self.places[name].is_silenced or mask.all())}
+        )
+
+    def masked(self, masks: dict[str, Tensor]) -> nn.Module:
+        """The model, or a ``GraphModule`` of its parts, with a ``ChannelMask`` behind the non-linearities of masks."""
+        if not masks:
             return self.model
         model, sites = self.explicit()
-        for name in open_places:
-            mask = masks[name].view(self.places[name].shape)
+        for name, kept in masks.items():
+            mask = kept.view(self.places[name].shape)
             layer: Any = self.model.get_submodule(name)
             fixed = ChannelMask(mask.to(layer.weight.device, layer.weight.dtype))
             replace_module(model, sites[name], nn.Sequential(model.get_submodule(sites[name]), fixed))

@@ -21,7 +21,8 @@ from ffw_fast.flat_gates import FlatGates, FlatLayout
 from ffw_fast.gates import GateKind
 from ffw_fast.modules import maskable_layers
 from ffw_fast.parts import replace_module
-from ffw_fast.simplify import simplified, split_before
+from ffw_fast.precision import full_float32
+from ffw_fast.simplify import Outputs, simplified, split_before, still_gives
 
 
 class ScaledActivation(nn.Module):
@@ -51,6 +52,9 @@ class GatedNetwork:
         where: which channel gates, see ``ffw_fast.channels``.
         group: the processes that train it together.
 
+    Raises:
+        ValueError: channels that cannot be gated or pruned, see ``ffw_fast.channels``.
+
     Attributes:
         module: the network; its gated weights are views of ``gates.gated``.
         gates: those that are trained. In one process on the CPU, unless gates are random, some convolutions' lie tap by
@@ -72,12 +76,13 @@ class GatedNetwork:
         group: Alone | None = None,
     ) -> None:
         frozen = copy_of(model).to(example.device).eval().requires_grad_(False)
+        outputs = partial(outputs_of, bottleneck=bottleneck, x=example)
         channels = ChannelGraph(frozen, where) if granularity == "channel" else None
         sites: dict[str, str] = {}
         if channels is not None:
             channels.check_bottleneck(bottleneck)
+            _check_zeros(frozen, where, outputs)
             frozen, sites = channels.explicit()
-        outputs = partial(outputs_of, bottleneck=bottleneck, x=example)
         self.module = simplified(frozen, bottleneck, outputs)
         layers = maskable_layers(self.module)
         weights = {name: layer.weight.detach() for name, layer in layers.items()}
@@ -176,6 +181,19 @@ class GatedNetwork:
         """Features (n, D) and logits (n, C) of all samples, without gradients."""
         features, logits = zip(*(self(batch) for batch in batches_of(x, EVALUATION_BATCH)), strict=True)
         return torch.cat(features), torch.cat(logits)
+
+
+def _check_zeros(model: nn.Module, where: str | None, outputs: Outputs) -> None:
+    """Refuse a network in which the zeros that pruning leaves are not what its channel gates are when shut."""
+    masked, pruned = (ChannelGraph(copy_of(model), where) for _ in range(2))
+    every_other = {name: torch.arange(place.channels) % 2 == 0 for name, place in pruned.places.items()}
+    with full_float32():
+        if not still_gives(pruned.prune(every_other), outputs(masked.masked(every_other)), outputs):
+            raise ValueError(
+                "with channels pruned in its layers and batch norms the network computes something else than with "
+                "their gates shut: a batch norm or an addition may not run over a layer's channels, or a hook may "
+                "change what a layer gives. Leave that layer out with `where`, or take granularity='weight'"
+            )
 
 
 def _channels_last_in_bf16(x: Tensor) -> Tensor:

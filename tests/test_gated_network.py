@@ -159,3 +159,40 @@ def test_unknown_bottleneck_names_the_known_ones():
     x, _, _ = six_features.samples()
     with pytest.raises(ValueError, match="unknown bottleneck 'fc9'; the modules of Sequential: fc1, relu, classifier"):
         make(six_features.network(), x, "fc9")
+
+
+class OverWidth(nn.Module):
+    """Adds a convolution's channels and a Linear layer's outputs, which lie along the image's width."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.fc, self.relu, self.flatten = nn.Conv2d(3, 6, 3), nn.Linear(6, 6), nn.ReLU(), nn.Flatten()
+        self.classifier = nn.Linear(216, 3)
+
+    def forward(self, x):
+        x = self.conv(x)
+        return self.classifier(self.flatten(self.relu(x + self.fc(x))))
+
+
+def norm_over_tokens():
+    norm = nn.BatchNorm1d(8)
+    nn.init.normal_(norm.bias)
+    return nn.Sequential(nn.Linear(5, 8), norm, nn.ReLU(), nn.Flatten(), nn.Linear(64, 3))
+
+
+def with_a_hook():
+    model = nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), nn.Flatten(), nn.Linear(216, 3))
+    model[0].register_forward_hook(lambda _layer, _inputs, output: output + 1)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("make_network", "shape", "bottleneck"),
+    [(norm_over_tokens, (8, 5), "3"), (OverWidth, (3, 8, 8), "flatten"), (with_a_hook, (3, 8, 8), "2")],
+)
+def test_channels_that_zeros_do_not_prune_are_refused(make_network, shape, bottleneck):
+    torch.manual_seed(0)
+    model, x = make_network(), torch.randn(4, *shape)
+    with pytest.raises(ValueError, match="pruned in its layers and batch norms the network computes something else"):
+        GatedNetwork(model, bottleneck, GateKind.FFW, 0, x, granularity="channel")
+    GatedNetwork(model, bottleneck, GateKind.FFW, 0, x)
