@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from ffw_fast.modes import evaluation_mode
+from ffw_fast.modules import masked_layers
 from ffw_fast.precision import full_float32
 
 TOLERANCE = 1e-4  # of the largest output; other kernels round differently
@@ -35,13 +36,16 @@ def export(model: nn.Module, example: Tensor, path: str | os.PathLike[str], form
 
     Raises:
         ImportError: ONNX without the extra ``onnx``.
-        ValueError: an unknown format, a batch that is too small, a network that cannot be exported (its code looks at
-            values, or fixes the batch size), or a file whose outputs differ; then nothing is left behind.
+        ValueError: an unknown format, a batch that is too small, a network with gates, which no file could be read of
+            without this package, one that cannot be exported (its code looks at values, or fixes the batch size), or a
+            file whose outputs differ; then nothing is left behind.
     """
     path = Path(path)
     format = format or path.suffix.removeprefix(".")
     if format not in WRITERS:
         raise ValueError(f"unknown format {format!r} for {path}; known formats: {', '.join(FORMATS)}")
+    if masked := masked_layers(model):
+        raise ValueError(f"prune the network first, by apply_masks or to_dense; it has gates at {', '.join(masked)}")
     if len(example) < 2:
         raise ValueError(f"the example needs at least 2 samples to leave the batch size open, got {len(example)}")
     write, run = WRITERS[format]()

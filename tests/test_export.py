@@ -6,6 +6,7 @@ from torch import nn
 
 from ffw_fast.compact import compact
 from ffw_fast.export import TOLERANCE, export
+from ffw_fast.modules import mask_model
 from tests.small_images import network
 
 
@@ -66,6 +67,14 @@ class LooksAtValues(nn.Module):
 def test_a_network_that_cannot_be_exported_is_named(tmp_path):
     with pytest.raises(ValueError, match="LooksAtValues cannot be exported: "):
         export(LooksAtValues(), torch.randn(2, 3), tmp_path / "model.pt2")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("granularity", ["weight", "channel"])
+def test_a_network_with_gates_is_refused(granularity, tmp_path):
+    model = mask_model(nn.Sequential(nn.Linear(3, 4), nn.ReLU()), granularity=granularity)
+    with pytest.raises(ValueError, match=r"prune the network first, .*; it has gates at [01]$"):
+        export(model, torch.randn(2, 3), tmp_path / "model.pt2")
     assert not list(tmp_path.iterdir())
 
 
