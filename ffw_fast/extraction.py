@@ -205,8 +205,8 @@ def apply_masks(model: nn.Module, masks: dict[str, Tensor]) -> nn.Module:
     A weight that another module holds too, such as an embedding, stays there as it was: masks are of layers.
 
     Raises:
-        ValueError, TypeError: no masks by name, a layer that the model has not, a mask that has another shape than its
-            weight or is not boolean; nothing is changed.
+        ValueError, TypeError: no masks by name, a layer that the model has not or whose weight is computed, a mask that
+            has another shape than its weight or is not boolean; nothing is changed.
     """
     if not isinstance(masks, Mapping):
         raise TypeError(f"masks must map names of layers to tensors, got {type(masks).__name__}")
@@ -217,6 +217,8 @@ def apply_masks(model: nn.Module, masks: dict[str, Tensor]) -> nn.Module:
         weight = getattr(layers.get(name), "weight", None)
         if not isinstance(weight, Tensor):
             raise ValueError(f"masks: {type(model).__name__} has no layer {name!r} with a weight")
+        if layers[name]._parameters.get("weight") is None:
+            raise ValueError(f"the weight of layer {name!r} is computed (weight_norm, prune): remove that first")
         if mask.dtype != torch.bool:
             raise TypeError(f"the mask of {name!r} must be boolean, got {mask.dtype}; scores are masks where >= 0")
         if mask.shape != weight.shape:

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import nn
-from torch.nn.utils import prune
+from torch.nn.utils import parametrizations, prune
 
 from ffw_fast import extraction as files
 from ffw_fast import heads, reference
@@ -386,6 +386,24 @@ def test_masks_of_another_network_are_refused(masks, message):
     with pytest.raises((ValueError, TypeError), match=message):
         apply_masks(model, whole | masks)
     assert model.classifier.weight.any(), "nothing was pruned"
+
+
+@pytest.mark.parametrize(
+    "computed",
+    [
+        parametrizations.weight_norm,
+        nn.utils.spectral_norm,
+        lambda layer: prune.l1_unstructured(layer, "weight", 2),
+    ],
+    ids=["parametrized", "by a hook", "pruned by PyTorch"],
+)
+def test_masks_of_computed_weights_are_refused(computed):
+    model = nn.Sequential(nn.Linear(3, 3), computed(nn.Linear(3, 3)))
+    masks = {"0": torch.zeros(3, 3, dtype=torch.bool), "1": torch.ones(3, 3, dtype=torch.bool)}
+    with pytest.raises(ValueError, match="the weight of layer '1' is computed"):
+        apply_masks(model, masks)
+    assert model[0].weight.any(), "nothing was pruned"
+    model(torch.randn(2, 3))
 
 
 def test_masks_that_are_no_scores_are_refused(found, folder, tmp_path):
