@@ -54,7 +54,10 @@ def of_layers(model: nn.Module) -> Iterator[str]:
 
 @torch.no_grad()
 def of_bottleneck(network: nn.Module, bottleneck: str, x: Tensor) -> Iterator[str]:
-    """Of what flows through the bottleneck of a network in eval mode, seen on a few samples x (n, ...)."""
+    """Of what flows through the bottleneck of a network in eval mode, seen on a few samples x (n, ...).
+
+    Nothing of the network but its gates requires gradients.
+    """
     kept: list[Tensor] = []
 
     def hold_fixed(_module: nn.Module, _inputs: tuple, output: Tensor) -> Tensor:
@@ -65,9 +68,16 @@ def of_bottleneck(network: nn.Module, bottleneck: str, x: Tensor) -> Iterator[st
     logits = network(x.clone())
     handle = bottleneck_module(network, bottleneck).register_forward_hook(hold_fixed)
     try:
-        fixed = network(x.clone())
+        with torch.enable_grad():
+            fixed = network(x.clone())
     finally:
         handle.remove()
+    if not kept[0].requires_grad:
+        yield (
+            f"no gate acts on what bottleneck {bottleneck!r} gives, so that nothing of the bias can be removed there: "
+            "no layer with gates lies before it, or gradients are not followed so far (torch.no_grad, a reentrant "
+            "checkpoint)"
+        )
     tolerance = 1e-3 * float(logits.abs().max())
     if not _same(fixed, fixed[:1].expand_as(fixed), tolerance):
         yield (

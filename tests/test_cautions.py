@@ -64,6 +64,29 @@ def test_a_bottleneck_beside_the_way():
     assert "the logits do not depend on bottleneck 'left'" in beside[1]
 
 
+class FrozenBackbone(nn.Module):
+    """Nobody follows gradients of its first layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(6, 8), nn.Linear(8, CLASSES)
+
+    def forward(self, x):
+        with torch.no_grad():
+            x = self.first(x).relu()
+        return self.second(x)
+
+
+@pytest.mark.parametrize(
+    ("model", "bottleneck"),
+    [(nn.Sequential(nn.Tanh(), nn.Linear(6, CLASSES)), "0"), (FrozenBackbone(), "first")],
+    ids=["nothing before it", "no gradients"],
+)
+def test_a_bottleneck_that_no_gate_acts_on(model, bottleneck, short):
+    found, _ = run(model, samples(60), samples(60, seed=1), bottleneck=bottleneck)
+    assert any(f"no gate acts on what bottleneck {bottleneck!r} gives" in text for text in found.warnings)
+
+
 def test_the_hook_is_gone_afterwards():
     model, (x, _, _) = network(), samples(8)
     before = model(x)
