@@ -63,9 +63,19 @@ class Objective(NamedTuple):
     by_head_logits: Tensor
 
     def backward(self, logits: Tensor, features: Tensor, heads: PrivateHeads) -> None:
-        """Add dJ/dw to the gradient of everything behind the logits and the features that the heads read."""
+        """Add dJ/dw to the gradient of everything behind the logits and the features that the heads read.
+
+        Raises:
+            ValueError: nothing behind them has a gradient.
+        """
         roots = ((logits, self.by_logits), (features, heads.by_features(self.by_head_logits)))
-        tensors, gradients = zip(*((root, grad) for root, grad in roots if root.requires_grad), strict=True)
+        followed = [(root, grad) for root, grad in roots if root.requires_grad]
+        if not followed:
+            raise ValueError(
+                "neither logits nor features depend on what is trained: the model may compute them under torch.no_grad "
+                "or in a reentrant checkpoint"
+            )
+        tensors, gradients = zip(*followed, strict=True)
         torch.autograd.backward(tensors, gradients)
 
 

@@ -131,3 +131,5 @@ def test_what_depends_on_no_gate_gets_no_gradient():
     biases, labels = torch.randint(3, (8, 1)), torch.randint(3, (8,))
     objective(logits, labels, heads.logits(features), biases, 1.0, 1.0).backward(logits, features, heads)
     assert logits.grad is not None and features.grad is None
+    with pytest.raises(ValueError, match="neither logits nor features depend on what is trained"):
+        objective(logits, labels, heads.logits(features), biases, 1.0, 1.0).backward(logits.detach(), features, heads)
