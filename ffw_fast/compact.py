@@ -101,7 +101,7 @@ def _describe(module: Any) -> None:
         if _is_depthwise(module):
             module.groups = len(module.weight)
         module.out_channels, module.in_channels = len(module.weight), module.weight.shape[1] * module.groups
-    elif isinstance(module, nn.modules.batchnorm._BatchNorm):
+    elif isinstance(module, nn.modules.batchnorm._NormBase):
         statistics = next((value for value in (module.running_mean, module.weight) if value is not None), None)
         module.num_features = module.num_features if statistics is None else len(statistics)
 

@@ -148,6 +148,19 @@ def test_outputs_stay_whatever_is_pruned(name, seed, channels, weights):
     assert str(again) == str(small)
 
 
+def test_instance_norms_are_read_back():
+    def build():
+        norm = nn.InstanceNorm2d(8, affine=True)
+        return nn.Sequential(nn.Conv2d(3, 8, 3), norm, nn.ReLU(), nn.Conv2d(8, 4, 3), nn.Flatten(), nn.Linear(64, 4))
+
+    model = seeded(build)
+    model[3].weight.data[:, :3] = 0
+    x = torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    small = compact(model, x)
+    assert small[1].num_features == 5
+    assert_same(load_compacted(seeded(build, 1), small.state_dict()), model, x)
+
+
 @settings(max_examples=25)
 @given(seed=st.integers(0, 10**6), weights=st.sampled_from([0.5, 0.8, 0.9, 0.97]))
 def test_an_mlp_keeps_only_units_that_vary_and_are_read(seed, weights):
