@@ -8,7 +8,7 @@ import weakref
 import pytest
 import torch
 
-from ffw_fast import heads, reference
+from ffw_fast import heads, reference, schedule
 from ffw_fast.convolutions.fft import FftConv2d, has_compiled_kernel
 from ffw_fast.evaluation import evaluate
 from ffw_fast.extract import extract
@@ -16,6 +16,7 @@ from ffw_fast.extraction import Extraction
 from ffw_fast.gated_network import GatedNetwork
 from ffw_fast.gates import GateKind
 from ffw_fast.loop import Loop
+from tests import six_features
 from tests.held_together import assert_held_together, by_both
 from tests.small_images import BOTTLENECK, CLASSES, SETTINGS, Block, biased_set, network
 
@@ -35,6 +36,44 @@ def both(biases: int, norm: bool, **settings) -> tuple[Extraction, Extraction]:
 @pytest.mark.parametrize("schedule", ["published", "adaptive"])
 def test_fast_and_reference_find_the_same_scores(biases, norm, schedule):
     assert_held_together(*both(biases, norm, schedule=schedule, anneal_rate=1e-3, max_epochs=4))
+
+
+@pytest.mark.parametrize(
+    "how",
+    [{"schedule": "published"}, {"schedule": "adaptive", "anneal_rate": 5e-3, "batch_size": 4}],
+    ids=lambda how: how["schedule"],
+)
+def test_all_that_is_logged_is_the_references_across_falls_of_the_temperature(few_head_epochs, monkeypatch, how):
+    """With two biases, alpha and gamma that are nobody's default, and a last minibatch that is short."""
+    monkeypatch.setattr(schedule, "MI_PATIENCE", 0)
+    arguments = six_features.arguments(alpha=0.5, gamma=3.0, max_epochs=8, **how)
+    train, val = six_features.samples(65, 2, seed=1), six_features.samples(45, 2, seed=2)
+    fast, plain = (run(six_features.network(), train, val, **arguments) for run in (extract, reference.extract))
+    temperatures = [row["temperature"] for row in plain.history]
+    judged = ["pruned_task_accuracy" in row for row in plain.history]
+    assert temperatures[-1] < 0.2 and any(judged)
+    for ours, theirs in zip(fast.history, plain.history, strict=True):
+        assert ours.keys() == theirs.keys()
+        for name in theirs.keys() - {"seconds"}:
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-3, abs=1e-4), (theirs["epoch"], name)
+    for network_name in ("vanilla", "pruned", "best"):
+        ours, theirs = (found.metrics[network_name] for found in (fast, plain))
+        assert ours.keys() == theirs.keys()
+        for name in theirs:
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-3, abs=1e-4), (network_name, name)
+    for name in plain.scores:
+        torch.testing.assert_close(fast.scores[name], plain.scores[name], rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(fast.best_scores[name], plain.best_scores[name], rtol=1e-3, atol=1e-4)
+
+
+def test_bf16_rounds_the_passes_and_hardly_changes_the_loss(few_head_epochs):
+    sets = six_features.samples(64, seed=1), six_features.samples(45, seed=2)
+    exact, rounded = (
+        extract(six_features.network(), *sets, **six_features.arguments(max_epochs=1, precision=precision)).history[0]
+        for precision in ("fp32", "bf16")
+    )
+    assert rounded["loss"] != exact["loss"]
+    assert rounded["loss"] == pytest.approx(exact["loss"], rel=0.02)
 
 
 @pytest.mark.parametrize("gate", ["hard", "bernoulli", "concrete"])
