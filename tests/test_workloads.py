@@ -6,6 +6,7 @@ import inspect
 import pytest
 import torch
 
+from ffw_fast.runs.request import Request
 from ffw_fast.workloads import WORKLOADS, get_workload
 
 ALL = pytest.mark.parametrize("workload", WORKLOADS.values(), ids=list(WORKLOADS))
@@ -84,6 +85,16 @@ def test_options_are_those_that_the_data_takes(workload):
 def test_unknown_options_are_refused(workload):
     with pytest.raises(ValueError, match=f"{workload.name} has no option tran_size; it understands .*train_size"):
         workload.load(None, seed=0, tran_size=3)
+
+
+def test_layers_that_bise_gates_are_those_of_channels(tmp_path):
+    def where(**given: str) -> str | None:
+        extraction = {"method": "bise", "granularity": None, **given}
+        return Request(get_workload("celeba"), tmp_path, extraction=extraction).settings.where
+
+    assert where() == where(granularity="channel") == "layer*"
+    assert where(where="layer1.*") == "layer1.*"
+    assert where(granularity="weight") is None
 
 
 def test_none_means_the_default():

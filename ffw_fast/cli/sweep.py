@@ -104,6 +104,8 @@ def _engine(options: argparse.Namespace, trials: int) -> Iterator[Engine]:
         if value is not None and value < least:
             raise ValueError(f"{name} must be at least {least}, got {value}")
     if options.ray or options.address is not None or options.scheduler is not None:
+        if options.processes is not None:
+            raise ValueError("on Ray as many run beside each other as its cores allow: leave out --processes")
         gpus = int((options.device or "cpu").startswith("cuda"))
         place = (options.address, options.threads or 1, gpus, options.retries)
         watch = {"scheduler": options.scheduler, "metric": options.metric, "grace": options.grace}

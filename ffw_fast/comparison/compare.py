@@ -72,6 +72,8 @@ def compare(request: Request, seeds: list[int], settings: list[Setting], progres
             or in the folder of a seed that a comparison would write over or remove (FileExistsError).
     """
     check_folder(request.out)
+    if settings:  # what all share may have patterns of layers, which go with a granularity
+        request = replace(request, extraction={**request.extraction, "granularity": settings[0].granularity})
     with locked(request.out):
         return _compare(request, seeds, settings, progress)
 

@@ -23,10 +23,12 @@ class Figure:
     Attributes:
         shows: what is to be seen, in one line.
         reads: what it is made from.
+        several: whether it takes more than one of these.
     """
 
     shows: str
     reads: str
+    several: bool = False
 
 
 FIGURES = {
@@ -35,16 +37,22 @@ FIGURES = {
     "groups": Figure("accuracy of aligned, conflicting and worst groups", "a run folder"),
     "layers": Figure("pruned weights of every layer, in number and proportion (Fig. 5)", "a run folder"),
     "grad-cam": Figure("what the biased and the pruned network look at (Fig. 4)", "a run folder"),
-    "gamma": Figure("task and bias accuracy against gamma (Fig. 6, Table 1)", "folders of runs"),
-    "training-length": Figure("extraction after biased training of different length (Fig. 8)", "folders of runs"),
+    "gamma": Figure("task and bias accuracy against gamma (Fig. 6, Table 1)", "folders of runs", several=True),
+    "training-length": Figure(
+        "extraction after biased training of different length (Fig. 8)", "folders of runs", several=True
+    ),
     "sparsity": Figure("FFW against magnitude pruning over sparsity (Fig. 7)", "the folder of one comparison"),
     "trade-off": Figure(
         "task accuracy against leakage of all methods, mean and spread", "the folder of one comparison"
     ),
-    "unbiased-digits": Figure("accuracy and leakage against the number of unbiased digits", "folders of comparisons"),
-    "anneal-rate": Figure("the adaptive schedule over its rate and gamma", "folders of runs"),
+    "unbiased-digits": Figure(
+        "accuracy and leakage against the number of unbiased digits", "folders of comparisons", several=True
+    ),
+    "anneal-rate": Figure("the adaptive schedule over its rate and gamma", "folders of runs", several=True),
     "cooling": Figure("what a fall of T does to gates and accuracy", "the file of ffw-fast bench cooling --json"),
-    "theory": Figure("information of output and bias against biasedness, with measured networks", "folders of runs"),
+    "theory": Figure(
+        "information of output and bias against biasedness, with measured networks", "folders of runs", several=True
+    ),
 }
 
 
@@ -66,12 +74,15 @@ def make_figure(name: str, paths: Sequence[str | os.PathLike[str]], out: str | o
         out: the folder to write to; it is made where it is not there.
 
     Raises:
-        ValueError: an unknown name, or files that are damaged or hold nothing that the figure shows.
+        ValueError: an unknown name, more paths than the figure is made from, or files that are damaged or hold nothing
+            that it shows.
         FileNotFoundError: nothing to read at the paths.
         ImportError: matplotlib is not installed.
     """
     if name not in FIGURES:
         raise ValueError(f"unknown figure {name!r}; known figures: {', '.join(FIGURES)}")
+    if len(paths) > 1 and not FIGURES[name].several:
+        raise ValueError(f"figure {name} is made from {FIGURES[name].reads}, got {', '.join(map(str, paths))}")
     module = figure_module(name)
     from ffw_fast.figures.style import in_style, save
 

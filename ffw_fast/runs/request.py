@@ -54,8 +54,9 @@ class Request:
         """The settings of the extraction; ``ValueError`` where one of them is bad."""
         workload = self.workload
         given = {name: value for name, value in self.extraction.items() if value is not None}
-        is_bise = given.get("method") == "bise"
-        own = {"where": workload.bise_where} if is_bise else {"gamma": workload.default_gamma}
+        own: dict[str, Any] = {"gamma": workload.default_gamma}
+        if given.get("method") == "bise":
+            own = {"where": workload.bise_where} if given.get("granularity") != "weight" else {}
         classes = workload.num_classes if self.guess_bias else workload.num_bias_classes
         basis = {"bottleneck": workload.bottleneck, "num_bias_classes": classes, "batch_size": workload.batch_size}
         return Settings.of(**{**basis, **own, **given, "seed": self.seed})

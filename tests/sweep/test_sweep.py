@@ -77,6 +77,7 @@ def test_a_setting_that_fails_leaves_the_others(digits, tmp_path, in_this_proces
         (["--schedule", "adaptive", "--gate", "ffw,hard"], "hard"),
         (["--processes", "0"], "processes must be at least 1"),
         (["--retries", "-1"], "retries must be at least 0"),
+        (["--ray", "--processes", "2"], "leave out --processes"),
     ],
 )
 def test_bad_settings_end_the_sweep_before_any_work(tmp_path, in_this_process, capsys, arguments, message):
