@@ -1,6 +1,10 @@
 """Datasets that do not fit into memory or augment at random: read whenever they are wanted, to the same results."""
 
+import multiprocessing
 import random
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -10,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, SubsetRandomS
 import ffw_fast
 from ffw_fast import reference
 from ffw_fast.data import datasets
-from ffw_fast.data.stream import Stream
+from ffw_fast.data.stream import Stream, drawing_from
 from ffw_fast.inputs import as_samples
 from tests.six_features import CLASSES, arguments, network, samples
 
@@ -140,6 +144,37 @@ def test_what_is_collated_at_random_is_drawn_anew_in_every_pass_and_alike_in_eve
     assert not torch.isclose(noise, other, atol=1e-4).any()
     torch.manual_seed(1)
     assert torch.equal(torch.cat(list(x.split(8))) - data[0], noise)
+
+
+def drawn_from(seed: int) -> float:
+    with drawing_from(seed):
+        time.sleep(0.05)  # for others to come between
+        return torch.rand(1).item()
+
+
+def test_threads_that_draw_from_seeds_do_not_disturb_each_other():
+    before, alone = torch.get_rng_state(), [drawn_from(seed) for seed in range(4)]
+    with ThreadPoolExecutor(4) as threads:
+        assert list(threads.map(drawn_from, range(4))) == alone
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_worker_that_is_forked_while_another_thread_draws_can_draw():
+    drawing = threading.Event()
+
+    def draw() -> None:
+        with drawing_from(0):
+            drawing.set()
+            time.sleep(0.2)
+
+    thread = threading.Thread(target=draw)
+    thread.start()
+    drawing.wait()
+    worker = multiprocessing.get_context("fork").Process(target=drawn_from, args=(1,), daemon=True)
+    worker.start()
+    worker.join(60)
+    thread.join()
+    assert worker.exitcode == 0
 
 
 def test_a_sample_that_comes_twice_in_a_pass_is_drawn_twice():

@@ -1,7 +1,9 @@
 """Inputs that are read from their Dataset whenever a minibatch of them is wanted, because they do not fit or change."""
 
 import hashlib
+import os
 import random
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
@@ -153,16 +155,27 @@ class _Seeded(Dataset):
         return drawing_from(int.from_bytes(digest, "little") >> 1)
 
 
+_generators = threading.RLock()
+if hasattr(os, "register_at_fork"):  # else a worker might find them taken by a thread that it does not have
+    os.register_at_fork(
+        before=_generators.acquire, after_in_parent=_generators.release, after_in_child=_generators.release
+    )
+
+
 @contextmanager
 def drawing_from(seed: int) -> Iterator[None]:
-    """The global CPU generators of PyTorch, numpy and Python start from a seed, and are then as they were before."""
-    before = torch.get_rng_state(), np.random.get_state(), random.getstate()  # noqa: NPY002
-    torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed every GPU as well
-    np.random.seed(seed % 2**32)  # noqa: NPY002
-    random.seed(seed)
-    try:
-        yield
-    finally:
-        torch.set_rng_state(before[0])
-        np.random.set_state(before[1])  # noqa: NPY002
-        random.setstate(before[2])
+    """The global CPU generators of PyTorch, numpy and Python start from a seed, and are then as they were before.
+
+    They are of the whole process: another thread that is to draw from a seed waits.
+    """
+    with _generators:
+        before = torch.get_rng_state(), np.random.get_state(), random.getstate()  # noqa: NPY002
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed every GPU as well
+        np.random.seed(seed % 2**32)  # noqa: NPY002
+        random.seed(seed)
+        try:
+            yield
+        finally:
+            torch.set_rng_state(before[0])
+            np.random.set_state(before[1])  # noqa: NPY002
+            random.setstate(before[2])
