@@ -1,6 +1,8 @@
 """The public entry ``extract``: finds the unbiased sub-network of a biased network."""
 
+import hashlib
 import os
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -175,6 +177,7 @@ def extract_by(
                 shown.note(reading_note(given, samples, name))
         identity = {
             **settings.as_dict(),
+            "modules": _digest_of_modules(problem.model),
             "weights": digest(*state_tensors(problem.model).values()),
             "data": digest(*problem.train.identity(), *problem.val.identity()),
         }
@@ -190,6 +193,12 @@ def check_processes(settings: Settings, count: int) -> None:
         raise ValueError(f"batch_size must be at least the number of processes, {count}, got {settings.batch_size}")
     if count > 1 and settings.method != "ffw":
         raise ValueError(f"method {settings.method!r} runs on one process, not on {count}; 'ffw' runs on several")
+
+
+def _digest_of_modules(model: nn.Module) -> str:
+    """A short fingerprint of what the model says of its modules, but for where they lie in memory."""
+    said = re.sub(r" at 0x[0-9a-f]+", "", repr(model))
+    return hashlib.blake2b(said.encode(), digest_size=8).hexdigest()
 
 
 def computing(device: torch.device) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import save_file
+from torch import nn
 
 from ffw_fast import run_state, schedule
 from ffw_fast.extract import extract
@@ -156,6 +157,26 @@ def test_a_run_of_another_model_is_refused(tmp_path):
     train, val = samples(40, 2, 1), samples(30, 2, 2)
     with pytest.raises(ValueError, match=r"belongs to another run: weights was '.*' and is now"):
         extract(network(seed=1), train, val, run_dir=tmp_path, resume=True, **arguments())
+
+
+def test_a_run_of_the_same_weights_in_other_modules_is_refused(tmp_path):
+    run(tmp_path)
+    train, val, model = samples(40, 2, 1), samples(30, 2, 2), network()
+    model.relu = nn.Tanh()
+    with pytest.raises(ValueError, match=r"belongs to another run: modules was '.*' and is now"):
+        extract(model, train, val, run_dir=tmp_path, resume=True, **arguments())
+
+
+def test_where_modules_lie_in_memory_identifies_nothing(tmp_path):
+    class Addressed(nn.ReLU):
+        def extra_repr(self) -> str:
+            return object.__repr__(self)
+
+    train, val, model = samples(40, 2, 1), samples(30, 2, 2), network()
+    for max_epochs in (1, 2):
+        model.relu = Addressed()
+        found = extract(model, train, val, run_dir=tmp_path, resume=True, **arguments(max_epochs=max_epochs))
+    assert len(found.history) == 2
 
 
 # files ---------------------------------------------------------------------------------------------------------------
