@@ -38,7 +38,7 @@ from ffw_fast.runs.writing import (
     remove_leftovers,
     write_results,
 )
-from ffw_fast.settings import Settings
+from ffw_fast.settings import DEFAULTS, Settings
 from ffw_fast.workloads import Workload
 
 
@@ -153,9 +153,9 @@ def is_finished(request: Request) -> bool:
         kept, metrics = read_json(request.out / CONFIG), read_json(request.out / METRICS)
     except (FileNotFoundError, ValueError):  # not begun, or killed while it wrote
         return False
-    settings = kept.get("settings")
-    if isinstance(settings, dict) and config["settings"]["correlations"] is None:  # the data set's own stand there
-        settings = {**settings, "correlations": None}
+    settings = {**DEFAULTS, **kept.get("settings", {})}  # the version that wrote it may not have known all
+    if config["settings"]["correlations"] is None:  # the data set's own stand there
+        settings["correlations"] = None
     is_same = settings == config["settings"] and metrics.get("epochs", 0) <= request.settings.max_epochs
     return is_same and metrics.get("complete") is True
 
