@@ -22,6 +22,7 @@ from ffw_fast.parts import DENSE_LAYERS
 
 SAMPLES = 2  # of the example; as many of noise stand beside them
 TOLERANCE = 1e-9  # of the largest output, in double precision
+COMPUTED = "the weight is computed: make it permanent first (prune.remove, remove_parametrizations)"
 READS_ALL_CHANNELS = (nn.LayerNorm, nn.GroupNorm, nn.MultiheadAttention, nn.RNNBase)
 Snapshot = list[tuple[nn.Module, dict[str, Any]]]
 
@@ -188,6 +189,9 @@ class _Work:
             return
         for name, values in constants.items():
             layer: Any = self.model.get_submodule(name)
+            if _is_computed(layer):
+                _warn(f"layer {name!r}", COMPUTED)
+                continue
             before = _snapshot(self.model)
             _fold(layer, values)
             if not self.is_unchanged():
@@ -250,6 +254,8 @@ class _Work:
     def _check_removable(self, module: nn.Module) -> None:
         """Refuse where fewer channels give this module another meaning."""
         title = f"{self.names.get(module)!r} ({type(module).__name__})"
+        if _is_computed(module):
+            raise _KeptDenseError(f"of {title} {COMPUTED}")
         if isinstance(module, READS_ALL_CHANNELS):
             raise _KeptDenseError(f"{title} reads all its channels together")
         if getattr(module, "groups", 1) > 1 and not _is_depthwise(module):
@@ -258,6 +264,11 @@ class _Work:
 
 class _KeptDenseError(Exception):
     """Says why a layer stays as it is."""
+
+
+def _is_computed(layer: nn.Module) -> bool:
+    """Whether a layer computes its weight anew in every forward pass, so that no other can take its place."""
+    return getattr(layer, "weight", None) is not None and layer._parameters.get("weight") is None
 
 
 def _unread(group: Any) -> list[int]:

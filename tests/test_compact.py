@@ -7,6 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.nn.utils import parametrizations
+from torch.nn.utils import prune as torch_prune
 
 from ffw_fast.channels import ChannelGraph
 from ffw_fast.compact import compact, load_compacted
@@ -308,6 +310,23 @@ def test_a_layer_that_stays_dense_is_named(build, shape, layer, why):
             model.attention.in_proj_weight[:, 0] = 0
     x = torch.randn(2, *shape, dtype=torch.float64)
     with pytest.warns(UserWarning, match=rf"compact: {layer} kept dense: .*{why}"):
+        small = compact(model, x)
+    assert_same(small, model, x)
+
+
+@pytest.mark.parametrize(
+    "computed",
+    [lambda layer: torch_prune.custom_from_mask(layer, "weight", layer.weight != 0), parametrizations.weight_norm],
+    ids=["pruned by PyTorch", "parametrized"],
+)
+def test_layers_that_compute_their_weight_are_named(computed):
+    model = seeded(lambda: nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 5), nn.ReLU(), nn.Linear(5, 4)))
+    with torch.no_grad():
+        model[0].weight[:3] = 0
+        model[2].weight[:, 3:5] = 0
+    computed(model[2])
+    x = torch.randn(2, 6, dtype=torch.float64)
+    with pytest.warns(UserWarning, match=r"layer '0' kept dense: of '2' .* the weight is computed: make it permanent"):
         small = compact(model, x)
     assert_same(small, model, x)
 
