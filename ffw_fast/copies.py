@@ -14,7 +14,8 @@ def copy_of(model: Model) -> Model:
     """A deep copy, also of a model that has kept outputs of its last forward pass, which PyTorch refuses to copy."""
     kept = [value for module in model.modules() for value in tree_leaves(list(vars(module).values()))]
     outputs = [value for value in kept if isinstance(value, Tensor) and not value.is_leaf]
-    return copy.deepcopy(model, {id(output): output.detach().clone() for output in outputs})
+    with torch.no_grad():  # or parts compiled by torch.jit would copy their parameters into outputs
+        return copy.deepcopy(model, {id(output): output.detach().clone() for output in outputs})
 
 
 def state_tensors(model: nn.Module) -> dict[str, Tensor]:

@@ -218,6 +218,16 @@ def test_a_model_that_keeps_an_output(wrapped):
     assert not evaluate(model, VAL).average < 0
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_a_part_that_was_scripted():
+    model = Functions()
+    model.relu = torch.jit.script(nn.Sequential(nn.Linear(16, 16), nn.ReLU()))
+    found = found_in(model, bottleneck="last")
+    assert any("'relu.0.weight' (RecursiveScriptModule) have no gates" in text for text in found.warnings)
+    found.finetune(TRAIN, VAL, epochs=1)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
 def test_what_a_model_keeps_beside_parameters(tmp_path):
     class Keeping(Functions):
         def __init__(self) -> None:
