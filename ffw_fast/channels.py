@@ -44,6 +44,7 @@ HOOKS = (
     *("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
 )
 FLATTENED = -1
+WRAPPED = ("_orig_mod", "module")  # where torch.compile and DataParallel keep the network itself
 
 
 class Alive(NamedTuple):
@@ -372,10 +373,11 @@ def _trace(model: nn.Module) -> fx.Graph:
         with evaluation_mode(model):
             return fx.Tracer().trace(model)
     except Exception as error:  # whatever the model's code raises under symbolic inputs
+        wrapped = next((name for name in WRAPPED if isinstance(getattr(model, name, None), nn.Module)), None)
         raise ValueError(
             f"channel gates are found by the network's graph, and torch.fx cannot trace {type(model).__name__}: "
             f"{str(error).splitlines()[0] if str(error) else type(error).__name__}; "
-            "granularity='weight' needs no graph"
+            + (f"hand in model.{wrapped}" if wrapped else "granularity='weight' needs no graph")
         ) from error
 
 

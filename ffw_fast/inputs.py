@@ -184,14 +184,16 @@ def check_layers(model: nn.Module) -> torch.dtype:
     """The dtype of the weights that will be gated.
 
     Raises:
-        ValueError, TypeError: nothing to mask, layers that cannot be masked or are masked already, weights that are not
-            all float32 or all float64, batch norm without running statistics.
+        ValueError, TypeError: nothing to mask, layers that cannot be masked or are masked already, weights without
+            numbers or that are not all float32 or all float64, batch norm without running statistics.
     """
     if isinstance(model, nn.Module) and (masked := masked_layers(model)):
         raise ValueError(f"layers {', '.join(map(repr, masked))} are masked already; hand in the dense model")
     layers = maskable_layers(model)
     dtypes = {name: layer.weight.dtype for name, layer in layers.items()}
     first, dtype = next(iter(dtypes.items()))
+    if layers[first].weight.is_meta:
+        raise ValueError(f"the weight of layer {first!r} is on the device 'meta', which holds no numbers")
     for name, other in dtypes.items():
         if other not in LOOP_DTYPES:
             raise TypeError(

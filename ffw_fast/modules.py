@@ -292,6 +292,8 @@ def _why_none(model: nn.Module, found: dict[str, nn.Module]) -> str:
         return " of the given names"
     if masked_layers(model):
         return " that is not masked already"
+    if isinstance(model, torch.jit.ScriptModule | fx.GraphModule):
+        return ", as it was scripted, traced or exported: hand in the model that it was made of"
     if others := ungated_weights(model):
         return f", only weights of other modules, which cannot be gated: {', '.join(others)}"
     return ""

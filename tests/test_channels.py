@@ -341,6 +341,8 @@ class Untraceable(nn.Module):
     ("call", "message"),
     [
         (lambda: ChannelGraph(Untraceable()), r"torch.fx cannot trace Untraceable: .*granularity='weight'"),
+        (lambda: ChannelGraph(torch.compile(MLP())), r"cannot trace OptimizedModule: .*; hand in model\._orig_mod"),
+        (lambda: ChannelGraph(nn.DataParallel(MLP())), r"cannot trace DataParallel: .*; hand in model\.module"),
         (lambda: ChannelGraph(nn.Sequential(nn.Linear(3, 3))), "no channel can be gated: in Sequential no output"),
         (lambda: ChannelGraph(MLP(), "conv*"), "where: 'conv\\*' matches none .*: fc1, fc2, fc3"),
         (lambda: ChannelGraph(MLP()).prune({"fc1": torch.ones(3).bool()}), "masks do not fit .* expected {'fc1'"),

@@ -509,6 +509,7 @@ def masked():
         (lambda: nn.Sequential(nn.ReLU()), ValueError, "nothing to mask: Sequential has no Conv or Linear layer"),
         (lambda: None, TypeError, r"the model must be a torch\.nn\.Module, got NoneType"),
         (masked, ValueError, "layers 'fc1' are masked already; hand in the dense model"),
+        (lambda: network().to("meta"), ValueError, "layer 'fc1' is on the device 'meta', which holds no numbers"),
         (lambda: network().half(), TypeError, "layer 'fc1' is torch.float16, but scores are learned in float32"),
         (lambda: network().bfloat16(), TypeError, "layer 'fc1' is torch.bfloat16, but scores"),
         (mixed, TypeError, "layers 'fc1' and 'classifier' differ in dtype: torch.float32 and torch.float64"),

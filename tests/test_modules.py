@@ -539,6 +539,16 @@ def with_another_forward():
     return layer
 
 
+def scripted():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        return torch.jit.script(nn.Sequential(nn.Linear(3, 3)))
+
+
+def exported():
+    return torch.export.export(nn.Sequential(nn.Linear(3, 3)), (torch.randn(2, 3),)).module()
+
+
 class ReadingWeights(nn.Module):
     """Reads one layer's weight past the layer, another one's dtype alone, and draws and counts as it runs."""
 
@@ -574,6 +584,8 @@ LAZY = "'0.weight' is not initialised yet"
         (lambda: with_first(nn.LazyBatchNorm1d()), ValueError, LAZY),
         (lambda: with_first(nn.Linear(3, 3, dtype=torch.complex64)), TypeError, "layer '0' is torch.complex64; only"),
         (lambda: with_first(with_integer_weight()), TypeError, "layer '0' is torch.int8; only float64"),
+        (scripted, ValueError, "RecursiveScriptModule has no .* layer, as it was scripted, .*: hand in the model"),
+        (exported, ValueError, "GraphModule has no .* layer, as it was .* exported: hand in the model"),
         (nn.ReLU, ValueError, "nothing to mask: ReLU has no Conv or Linear layer$"),
         (lambda: "model", TypeError, r"must be a torch\.nn\.Module, got str"),
     ],
