@@ -59,6 +59,8 @@ def compact(model: nn.Module, example: Tensor) -> nn.Module:
     work = _Work(small.double().requires_grad_(True), _samples(example))
     work.fold_constants()
     work.remove_unread()
+    if all(small.get_parameter(name).shape == before.shape for name, before in model.named_parameters()):
+        return copy_of(model).eval()  # with constants in biases, and nothing cut, it would only be larger
     for name, parameter in small.named_parameters():
         parameter.requires_grad_(name not in frozen)
     _cast(small, dtypes)

@@ -150,6 +150,17 @@ def test_outputs_stay_whatever_is_pruned(name, seed, channels, weights):
     assert str(again) == str(small)
 
 
+def test_where_nothing_is_cut_nothing_is_added():
+    """Constants would go into the bias of a layer that has none, and its groups keep their channels."""
+    grouped = nn.Conv2d(8, 8, 1, groups=2, bias=False)
+    model = seeded(lambda: nn.Sequential(nn.Conv2d(3, 8, 1), grouped, nn.Flatten(), nn.Linear(32, 4)))
+    with torch.no_grad():
+        model[0].weight[:2] = 0
+    with pytest.warns(UserWarning, match="is a grouped convolution"):
+        small = compact(model, torch.randn(2, 3, 2, 2, dtype=torch.float64))
+    assert small is not model and small[1].bias is None and torch.equal(small[1].weight, grouped.weight)
+
+
 def test_instance_norms_are_read_back():
     def build():
         norm = nn.InstanceNorm2d(8, affine=True)
