@@ -1,17 +1,111 @@
 """Fine-tuning of what survives; ``test_extract`` and ``test_bise`` hold that masks stay and accuracy is not lost."""
 
+import copy
+import dataclasses
+import itertools
+
 import pytest
 import torch
+from torch import nn
 
-from ffw_fast import finetune, heads
+from ffw_fast import finetune, heads, mutual_information
 from ffw_fast.extract import extract
-from tests.six_features import arguments, network, samples
+from ffw_fast.heads import PrivateHeads
+from ffw_fast.seeding import epoch_order
+from ffw_fast.settings import Settings
+from tests.six_features import BOTTLENECK, CLASSES, arguments, network, samples
 
 
 @pytest.fixture
 def found(monkeypatch):
     monkeypatch.setattr(heads, "MAX_EPOCHS", 5)
     return extract(network(), samples(40), samples(30, seed=1), **arguments())
+
+
+def tuned_plainly(model, masks, train, val, settings, *, epochs, gamma, lr):
+    """The network of the best epoch, by a loop that shares nothing with the package but heads, MI and orders."""
+    (x, y, b), tuned = train, copy.deepcopy(model)
+    biases = range(b.shape[1])
+    private = PrivateHeads.create(
+        len(biases), CLASSES, 8, seed=settings.seed, batch_size=settings.batch_size, device=x.device
+    )
+    optimizer = torch.optim.Adam(tuned.parameters(), lr)
+
+    def accuracy():
+        return (tuned(val[0]).argmax(1) == val[1]).double().mean().item()
+
+    best, best_accuracy = copy.deepcopy(tuned.state_dict()), accuracy()
+    for epoch in range(epochs):
+        private.fit(tuned.relu(tuned.fc1(x)).detach(), b)
+        for rows in epoch_order(len(y), settings.seed, "finetune epoch", epoch).split(settings.batch_size):
+            features = tuned.relu(tuned.fc1(x[rows]))
+            head_logits = private.logits(features)
+            information = sum(mutual_information(head_logits[:, i], b[rows, i], CLASSES) for i in biases) / len(biases)
+            task_loss = nn.functional.cross_entropy(tuned.classifier(features), y[rows])
+            optimizer.zero_grad()
+            (settings.alpha * task_loss + gamma * information).backward()
+            for name, mask in masks.items():
+                tuned.get_submodule(name).weight.grad *= mask
+            optimizer.step()
+            private.step(features.detach(), b[rows])
+        if accuracy() > best_accuracy:
+            best, best_accuracy = copy.deepcopy(tuned.state_dict()), accuracy()
+    return best
+
+
+def test_the_weights_are_those_of_a_plain_loops_best_epoch(monkeypatch):
+    monkeypatch.setattr(heads, "MAX_EPOCHS", 4)
+    source = torch.Generator().manual_seed(0)
+    model, train, val = network(), samples(43, 2, seed=1), samples(60, 2, seed=2)
+    masks = {
+        name: torch.rand(model.get_submodule(name).weight.shape, generator=source) > 0.3
+        for name in ("fc1", "classifier")
+    }
+    for name, mask in masks.items():
+        model.get_submodule(name).weight.data *= mask
+    settings = Settings(BOTTLENECK, CLASSES, alpha=0.5, batch_size=10)
+    how = {"epochs": 12, "gamma": 2.0, "lr": 0.01}
+    tuned = finetune.finetune(model, masks, train, val, settings, **how).state_dict()
+    expected = tuned_plainly(model, masks, train, val, settings, **how)
+    assert not torch.equal(expected["fc1.weight"], model.fc1.weight)
+    for name, value in expected.items():
+        torch.testing.assert_close(tuned[name], value, rtol=1e-4, atol=1e-5)
+
+
+def test_biases_of_pruned_rows_stay_0_where_the_nonlinearity_would_move_them():
+    """Where ReLU gives a pruned row no gradient at 0, Tanh does."""
+    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, CLASSES)).eval()
+    kept = torch.arange(8) >= 3
+    model[0].weight.data[~kept] = 0
+    model[0].bias.data[~kept] = 0
+    settings = Settings("1", CLASSES, batch_size=10)
+    tuned = finetune.finetune(model, {"0": kept}, samples(40), samples(60, seed=1), settings, epochs=3, lr=0.05)
+    assert not tuned[0].weight[~kept].any() and not tuned[0].bias[~kept].any()
+    assert (tuned[0].bias != model[0].bias)[kept].all()
+
+
+def test_the_best_network_is_tuned_with_its_own_masks(found, monkeypatch):
+    reached = itertools.count()
+    monkeypatch.setattr(finetune._Reader, "accuracy", lambda self, val: next(reached))  # the last epoch is the best
+    found.best_scores["fc1"] = -found.scores["fc1"] - 1e-3
+    tuned = found.finetune(samples(40), samples(30, seed=1), epochs=2, best=True)
+    assert not torch.equal(tuned.fc1.weight, found.model(best=True).fc1.weight)
+    for name, mask in found.best_masks.items():
+        assert torch.equal(tuned.get_submodule(name).weight != 0, mask)
+    assert not torch.equal(found.best_masks["fc1"], found.masks["fc1"])
+
+
+def test_gamma_is_that_of_fine_tuning_and_not_the_extractions(monkeypatch):
+    monkeypatch.setattr(heads, "MAX_EPOCHS", 5)
+    extracted = Settings.of(bottleneck=BOTTLENECK, num_bias_classes=CLASSES, method="bise", batch_size=10)
+
+    def tuned(settings: Settings, gamma: float) -> torch.Tensor:
+        return finetune.finetune(
+            network(), {"fc1": torch.ones(8, 6, dtype=torch.bool)}, samples(40), None, settings, epochs=1, gamma=gamma
+        ).fc1.weight
+
+    assert torch.equal(tuned(extracted, 2.0), tuned(dataclasses.replace(extracted, gamma=50.0), 2.0))
+    assert not torch.equal(tuned(extracted, 2.0), tuned(extracted, 0.0))
 
 
 @pytest.mark.parametrize("method", ["ffw", "bise"])
