@@ -95,13 +95,13 @@ def finetune(
                 optimizer.step()
                 if gamma > 0:  # after the backward pass, which reads the heads as they were
                     heads.step(features, b)
+            network.eval()
             if (epoch + 1) % validate_every and epoch + 1 < epochs:
                 continue
-            network.eval()
             reached = reader.accuracy(val)
             if reached > best_accuracy or not val_is_given:
                 best, best_accuracy = copy.deepcopy(network.state_dict()), reached
-    network.eval().load_state_dict(best)
+    network.load_state_dict(best)
     for hook in (reader.hook, *hooks):
         hook.remove()
     for ours, theirs in zip(network.parameters(), model.parameters(), strict=True):

@@ -108,6 +108,22 @@ def test_gamma_is_that_of_fine_tuning_and_not_the_extractions(monkeypatch):
     assert not torch.equal(tuned(extracted, 2.0), tuned(extracted, 0.0))
 
 
+def test_heads_are_fitted_on_a_network_in_eval_mode_behind_epochs_that_are_not_validated(monkeypatch):
+    """From scratch, with batch norm: in training mode it has other features. The last sample is left out."""
+    monkeypatch.setattr(heads, "MAX_EPOCHS", 3)
+    features, is_training = finetune._Reader.features, []
+    monkeypatch.setattr(
+        finetune._Reader, "features", lambda self, x: is_training.append(self.network.training) or features(self, x)
+    )
+    model = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, CLASSES)).eval()
+    settings = Settings("2", CLASSES, batch_size=10)
+    tuned = finetune.finetune(
+        model, {}, samples(41), samples(30, seed=1), settings, epochs=3, gamma=1.0, validate_every=3, from_scratch=True
+    )
+    assert is_training == [False, False, False]
+    assert not tuned.training
+
+
 @pytest.mark.parametrize("method", ["ffw", "bise"])
 @pytest.mark.parametrize("gamma", [0.0, 1.0])
 def test_a_network_of_double_precision_is_tuned_as_one_of_single(monkeypatch, method, gamma):
