@@ -136,6 +136,12 @@ def test_a_fit_ends_after_200_epochs(monkeypatch):
     assert heads.epochs == 26
 
 
+def test_a_fit_of_a_set_number_of_epochs_is_never_cut_short():
+    heads = make_heads()
+    heads.epochs_a_fit = 30
+    assert [heads.fit(*features_and_labels()) for _ in range(3)] == [30, 30, 30]  # on a plateau since the first
+
+
 def test_the_start_is_that_of_nn_linear_and_of_the_seed():
     weight, bias = initial_parameters(3, 10, 400, seed=1)
     assert weight.shape == (3, 10, 400)
