@@ -5,6 +5,7 @@ convolution, and a few units in the last place more.
 """
 
 import copy
+import math
 import os
 import subprocess
 import sys
@@ -243,6 +244,14 @@ def test_compiles_whole():
     compiled, weight.grad = weight.grad, None
     fft_conv2d(x, weight, bias).sum().backward()
     assert torch.equal(compiled, weight.grad)
+
+
+def test_what_an_earlier_convolution_left_in_memory_changes_no_bit(kernels):
+    given = arguments((5, 5, 4, 9, 8, 5, 3))
+    before = by_fft(kernels, *given)
+    by_fft(kernels, *(tensor * math.nan for tensor in arguments((33, 16, 17, 9, 8, 5, 3))))
+    for again, result in zip(by_fft(kernels, *given), before, strict=True):
+        assert torch.equal(again, result)
 
 
 def test_two_graphs_at_once_keep_their_spectra_apart():
