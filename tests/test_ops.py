@@ -199,6 +199,15 @@ def test_gradient_of_another_dtype(kernels):
         assert torch.equal(kernels["gate_weight_backward"](grad.bfloat16().to(dtype), *rest, 0), expected)
 
 
+def test_bfloat16_is_rounded_to_even_and_nan_stays_nan(kernels):
+    """All floats halfway between two neighbours in bfloat16, by a gate whose slope is exactly 1."""
+    halfway = (torch.arange(2**16) << 16 | 0x8000).to(torch.int32).view(torch.float32)
+    weight = torch.ones(2**16, dtype=torch.bfloat16)
+    scores, temperature = torch.zeros_like(weight), one(0.5)
+    found = kernels["gate_weight_backward"](halfway, weight, scores, temperature, philox.make_draw(11, 7), 0)
+    torch.testing.assert_close(found, halfway.to(torch.bfloat16), rtol=0, atol=0, equal_nan=True)
+
+
 def test_bad_arguments_are_refused(kernels):
     grad, weight, scores, temperature, draw = gate_inputs((4, 3))
     refused_type = (TypeError, RuntimeError)
