@@ -24,6 +24,13 @@ def test_grad_cam_is_what_its_definition_says():
     torch.testing.assert_close(maps, expected / expected.amax((1, 2), keepdim=True))
 
 
+def test_grad_cam_looks_at_the_last_convolution_of_more_than_one_pixel():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 5, 3), nn.Conv2d(5, 5, 5), nn.Conv2d(5, 5, 4), nn.Flatten(), nn.Linear(5, 4))
+    maps, _ = attribution(model, torch.randn(6, 3, 10, 10))  # 8 x 8, 4 x 4 and 1 x 1 pixels
+    assert maps.shape == (6, 4, 4)
+
+
 def test_without_convolutions_it_is_gradient_times_input():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Flatten(), nn.Linear(12, 3))
@@ -82,6 +89,12 @@ def test_examples_conflict_and_show_every_target_first():
     b = torch.tensor([[0], [1], [2], [0], [2], [2], [0]])
     chosen = conflicting_examples(Samples(torch.arange(7.0), y, b), count=4)
     assert chosen.x.tolist() == [1, 3, 6, 2]
+
+
+def test_examples_conflict_with_all_biases():
+    y = torch.tensor([0, 0, 1, 1])
+    b = torch.tensor([[1, 0], [1, 2], [1, 0], [0, 2]])
+    assert conflicting_examples(Samples(torch.arange(4.0), y, b)).x.tolist() == [1, 3]
 
 
 @pytest.mark.parametrize("shape", [(6,), (2, 8, 8), (3, 1, 1)])
