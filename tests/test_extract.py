@@ -217,13 +217,15 @@ def test_same_seed_same_result_and_the_global_generator_is_left_alone():
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
-def test_the_published_quirk_measures_the_target_instead_of_the_bias():
-    """The published evaluation pairs a head with the wrong label: its MI is then near that of unrelated labels."""
-    train, val = biased_set(130, seed=1), biased_set(100, seed=2)
-    right, wrong = (
-        reference.extract(network(), train, val, **SETTINGS, max_epochs=1, quirks=quirks) for quirks in (False, True)
-    )
-    assert wrong.history[0]["val_mi"] < 0.5 * right.history[0]["val_mi"]
+def test_the_published_quirk_measures_the_target_instead_of_the_bias(few_head_epochs):
+    """The published evaluation pairs a head with the wrong label, which is as if validation had no other."""
+    train, (x, y, b) = biased_set(130, seed=1), biased_set(100, seed=2)
+
+    def val_mi(b: torch.Tensor, quirks: bool) -> float:
+        found = reference.extract(network(), train, (x, y, b), **SETTINGS, max_epochs=1, quirks=quirks)
+        return found.history[0]["val_mi"]
+
+    assert val_mi(b, quirks=True) == val_mi(y, quirks=False) != val_mi(b, quirks=False)
 
 
 def test_finetuning_keeps_the_mask_and_does_not_lose_accuracy():
