@@ -186,7 +186,7 @@ class GatedNetwork:
 def _check_zeros(model: nn.Module, where: str | None, outputs: Outputs) -> None:
     """Refuse a network in which the zeros that pruning leaves are not what its channel gates are when shut."""
     masked, pruned = (ChannelGraph(copy_of(model), where) for _ in range(2))
-    every_other = {name: torch.arange(place.channels) % 2 == 0 for name, place in pruned.places.items()}
+    every_other = {name: torch.arange(place.channels, device="cpu") % 2 == 0 for name, place in pruned.places.items()}
     with full_float32():
         if not still_gives(pruned.prune(every_other), outputs(masked.masked(every_other)), outputs):
             raise ValueError(
