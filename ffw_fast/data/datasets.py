@@ -198,7 +198,7 @@ def _stream(loader: DataLoader, chosen: Sequence[Any], name: str, augments: bool
         shapes[0][0],
         dtype,
         augments,
-        torch.empty(0, dtype=torch.uint8) if augments else fingerprint.value(),
+        torch.empty(0, dtype=torch.uint8, device="cpu") if augments else fingerprint.value(),
         name,
         torch.device("cpu"),
     )

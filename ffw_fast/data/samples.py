@@ -66,7 +66,7 @@ class Samples(NamedTuple):
         if isinstance(self.x, Pixels):
             return self.x.images, self.x.mean, self.x.deviation, self.y, self.b
         read = self.x.fingerprint if isinstance(self.x, Stream) else Fingerprint(self.x).value()
-        return read, torch.tensor(self.x.shape), self.y, self.b
+        return read, torch.tensor(self.x.shape, device="cpu"), self.y, self.b
 
 
 def batches_of(x: Inputs, size: int) -> Iterator[Tensor]:

@@ -28,7 +28,7 @@ class Fingerprint:
 
     def value(self) -> Tensor:
         """uint8 (16,)"""
-        return torch.tensor(list(self._hash.digest()), dtype=torch.uint8)
+        return torch.tensor(list(self._hash.digest()), dtype=torch.uint8, device="cpu")
 
 
 @dataclass(frozen=True)
