@@ -58,16 +58,7 @@ def extracted(model: nn.Module, splits: Splits, seed: int, cache_augmented: bool
         cache_augmented=cache_augmented,
         progress=False,
     )
-    row = leakage(
-        found.model(),
-        WORKLOAD.bottleneck,
-        WORKLOAD.num_bias_classes,
-        splits.for_heads,
-        splits.test,
-        seed=seed,
-        batch_size=WORKLOAD.batch_size,
-        sparsity=sparsity(found.masks),
-    )
+    row = leakage(found.model(), found.settings, splits, sparsity(found.masks))
     kept = {name: row[name] for name in ("task_accuracy", "bias_accuracy")}
     seconds = found.metrics["seconds"]
     return {"seed": seed, "seconds": seconds, "passes": train.reads / len(train), "epochs": len(found.history), **kept}

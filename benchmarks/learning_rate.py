@@ -38,16 +38,7 @@ def extraction(model: nn.Module, splits: Splits, settings: Settings, lr: float) 
 def row(model: nn.Module, splits: Splits, settings: Settings, lr: float) -> dict[str, Any]:
     """What one of them gave."""
     found = extraction(model, splits, settings, lr)
-    measured = leakage(
-        found.model(),
-        WORKLOAD.bottleneck,
-        WORKLOAD.num_bias_classes,
-        splits.for_heads,
-        splits.test,
-        seed=settings.seed,
-        batch_size=settings.batch_size,
-        sparsity=sparsity(found.masks),
-    )
+    measured = leakage(found.model(), settings, splits, sparsity(found.masks))
     result = {name: measured[name] for name in ("task_accuracy", "bias_accuracy", "sparsity")}
     return {"lr": lr, "anneal_rate": settings.anneal_rate, "gamma": settings.gamma, "seed": settings.seed, **result,
             "epochs": len(found.history)}  # fmt: skip

@@ -54,16 +54,7 @@ class Biased:
 
     def measured(self, network: nn.Module, removed: float = 0.0) -> dict[str, Any]:
         """The network on the unbiased test set."""
-        return leakage(
-            network,
-            self.settings.bottleneck,
-            self.settings.num_bias_classes,
-            self.splits.train,
-            self.splits.test,
-            seed=self.settings.seed,
-            batch_size=self.settings.batch_size,
-            sparsity=removed,
-        )
+        return leakage(network, self.settings, self.splits, removed)
 
 
 def train_biased(

@@ -8,51 +8,48 @@ from torch import Tensor, nn
 
 from ffw_fast.bottleneck import outputs_of
 from ffw_fast.convolutions import cheapest_convolutions
-from ffw_fast.data.samples import EVALUATION_BATCH, Inputs, Samples
+from ffw_fast.data.samples import EVALUATION_BATCH, Inputs, Splits
 from ffw_fast.evaluation import evaluate_predictions
 from ffw_fast.heads import PrivateHeads
 from ffw_fast.inputs import widened
 from ffw_fast.measure import measure
 from ffw_fast.ops import joint_distribution, joint_information
 from ffw_fast.seeding import seeded_generator
+from ffw_fast.settings import Settings
 from ffw_fast.theory import biasedness, label_information
 
 SHUFFLES = 10  # of the labels, for the floor of the MI
 
 
-def leakage(
-    network: nn.Module,
-    bottleneck: str,
-    num_bias_classes: int,
-    train: Samples,
-    test: Samples,
-    *,
-    seed: int,
-    batch_size: int,
-    sparsity: float = 0.0,
-) -> dict[str, Any]:
+def leakage(network: nn.Module, settings: Settings, splits: Splits, sparsity: float = 0.0) -> dict[str, Any]:
     """Task accuracy of a network and what private heads, fitted afresh on its features, read of the biases.
 
-    Heads are fitted on ``train`` and measured on ``test``. ``bias_mi_floor`` is the MI of the same predictions with
-    shuffled labels: what the formula gives where there is nothing to read. ``biasedness`` and ``output_mi`` are of the
-    network's own answers: see ``ffw_fast.theory``.
+    Heads are fitted on ``splits.for_heads`` and measured on ``splits.test``. ``bias_mi_floor`` is the MI of the same
+    predictions with shuffled labels: what the formula gives where there is nothing to read. ``biasedness`` and
+    ``output_mi`` are of the network's own answers: see ``ffw_fast.theory``.
     """
     weight = next(network.parameters())
     device, dtype = weight.device, weight.dtype
-    train, test = (widened(part, dtype, name).to(device) for part, name in ((train, "train"), (test, "test")))
+    sets = ((splits.for_heads, "train"), (splits.test, "test"))
+    train, test = (widened(part, dtype, name).to(device) for part, name in sets)
     with cheapest_convolutions(network, test.x[:2]):
-        logits, test_features = _outputs(network, bottleneck, test.x)
+        logits, test_features = _outputs(network, settings.bottleneck, test.x)
         heads = PrivateHeads.create(
-            train.b.shape[1], num_bias_classes, test_features.shape[1], seed=seed, batch_size=batch_size, device=device
+            train.b.shape[1],
+            settings.num_bias_classes,
+            test_features.shape[1],
+            seed=settings.seed,
+            batch_size=settings.batch_size,
+            device=device,
         )
-        heads.fit_on(train, lambda x: _outputs(network, bottleneck, x)[1])
+        heads.fit_on(train, lambda x: _outputs(network, settings.bottleneck, x)[1])
     head_logits = heads.logits(test_features)
     predictions, biases = logits.argmax(1).cpu(), test.b.cpu()
     groups = evaluate_predictions(predictions, test.y.cpu(), biases)
-    classes = max(logits.shape[1], num_bias_classes)
+    classes = max(logits.shape[1], settings.num_bias_classes)
     return {
         **measure(logits, head_logits, test.y, test.b, sparsity).as_dict(),
-        "bias_mi_floor": information_floor(head_logits, test.b, seed),
+        "bias_mi_floor": information_floor(head_logits, test.b, settings.seed),
         "biasedness": [_known(biasedness(predictions, test.y.cpu(), column)) for column in biases.T],
         "output_mi": [label_information(column, predictions, classes) for column in biases.T],
         "groups": groups.as_dict(),

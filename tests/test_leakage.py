@@ -2,9 +2,10 @@
 
 import torch
 
-from ffw_fast.data.samples import Samples
+from ffw_fast.data.samples import Samples, Splits
 from ffw_fast.leakage import information_floor, leakage
 from ffw_fast.ops import joint_distribution, joint_information
+from ffw_fast.settings import Settings
 from ffw_fast.theory import biasedness, label_information
 from tests.six_features import BOTTLENECK, CLASSES, network, samples
 
@@ -22,7 +23,7 @@ def test_the_floor_is_the_information_of_shuffled_labels():
 
 
 def leakage_of(train: Samples, test: Samples) -> dict:
-    return leakage(network(), BOTTLENECK, CLASSES, train, test, seed=0, batch_size=50)
+    return leakage(network(), Settings(BOTTLENECK, CLASSES, batch_size=50), Splits(None, train, train, test))
 
 
 def test_heads_learn_from_the_training_set_and_are_measured_on_the_test_set():

@@ -99,16 +99,7 @@ def _compare(request: Request, seeds: list[int], settings: list[Setting], progre
             made = make()
             seconds = time.perf_counter() - started if made.seconds is None else made.seconds
             network = made.network
-            row = leakage(
-                network,
-                ours.settings.bottleneck,
-                ours.settings.num_bias_classes,
-                splits.for_heads,
-                splits.test,
-                seed=seed,
-                batch_size=ours.settings.batch_size,
-                sparsity=made.sparsity,
-            )
+            row = leakage(network, ours.settings, splits, made.sparsity)
             row |= {"seconds": seconds, "epochs": made.epochs, "needs": made.needs}
             done.append({"seed": seed, **row, "macs": compacted_macs(network, splits.test.x)})
             comparison.write(path)

@@ -105,7 +105,7 @@ def _run_locked(request: Request, config: dict[str, Any], progress: Progress, gr
             return {}
         clock.lap("extraction")
         progress.stage("measurement" if complete else "measurement of what was reached (Ctrl-C leaves at once)")
-        metrics = _test_metrics(found, splits, request.seed)
+        metrics = _test_metrics(found, splits)
         clock.lap("measurement")
     metrics |= {
         "measured_on": "val" if splits.test is splits.val else "test",
@@ -259,7 +259,7 @@ class _StageClock:
         self.laps[stage], self._last = now - self._last, now
 
 
-def _test_metrics(found: Extraction, splits: Splits, seed: int) -> dict[str, Any]:
+def _test_metrics(found: Extraction, splits: Splits) -> dict[str, Any]:
     """The biased network, the pruned one and the best one on the unbiased test set."""
     kept = {layer: torch.ones_like(mask) for layer, mask in found.masks.items()}
     networks: dict[str, tuple[Callable[[], nn.Module], dict[str, Tensor]]] = {
@@ -269,16 +269,7 @@ def _test_metrics(found: Extraction, splits: Splits, seed: int) -> dict[str, Any
     }
     settings = found.settings
     return {
-        name: leakage(
-            network(),
-            settings.bottleneck,
-            settings.num_bias_classes,
-            splits.for_heads,
-            splits.test,
-            seed=seed,
-            batch_size=settings.batch_size,
-            sparsity=sparsity(masks),
-        )
+        name: leakage(network(), settings, splits, sparsity(masks))
         | {
             "weight_sparsity": weight_sparsity(found.dense_model, settings, masks),
             "layer_sparsity": {layer: _pruned_share(mask) for layer, mask in masks.items()},
