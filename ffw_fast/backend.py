@@ -173,10 +173,13 @@ def find_nvcc() -> str | None:
 
 
 def without_folders(info: dict) -> dict:
-    """The libraries by their names alone: a record is shared, and the folders of this machine tell others nothing."""
-    devices = {name: entry for name, entry in info.items() if isinstance(entry, dict)}
-    named = {name: entry["library"] and Path(entry["library"]).name for name, entry in devices.items()}
-    return {**info, **{name: {**entry, "library": named[name]} for name, entry in devices.items()}}
+    """Libraries and compilers by their names: a record is shared, and folders of this machine tell others nothing."""
+    devices = {name: {**info[name], "library": _name(info[name]["library"])} for name in ("cpu", "cuda")}
+    return {**info, **devices, **{program: _name(info[program]) for program in ("compiler", "nvcc")}}
+
+
+def _name(path: str | None) -> str | None:
+    return path and Path(path).name
 
 
 def _describe(library: _Library, compiled_name: str, available: bool) -> dict:

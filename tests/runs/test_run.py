@@ -13,6 +13,7 @@ import torch
 
 import ffw_fast
 import ffw_fast.runs.run as runs
+from ffw_fast.backend import backend_info
 from ffw_fast.files import DamagedFileError
 from ffw_fast.interrupts import Terminated
 from ffw_fast.progress import Progress
@@ -423,4 +424,5 @@ def test_a_second_interrupt_leaves_the_checkpoint(tmp_path, monkeypatch):
 def test_the_record_of_a_run_names_no_folder_of_the_package(finished):
     config = json.loads((finished / "config.json").read_text())
     assert config["backend"]["cpu"]["library"] in (None, "_cpu.abi3.so")
+    assert config["backend"]["compiler"] in (None, Path(str(backend_info()["compiler"])).name)
     assert str(Path(ffw_fast.__file__).parent) not in json.dumps(config["backend"])
