@@ -99,14 +99,14 @@ def seconds_in_graph(run: Callable[[], Any]) -> float:
 def build(dry: bool) -> Rows:
     """Compile ``csrc`` with the CUDA kernels in place; dry: only say by which command."""
     command = [sys.executable, "setup.py", "build_ext", "--inplace", "--parallel", "2"]
-    row: dict[str, Any] = {"command": f"FFW_FAST_BUILD=cuda {_shown(command)}", "run": not dry}
+    row: dict[str, Any] = {"command": f"FFW_FAST_BUILD=cuda {_as_typed(command)}", "run": not dry}
     if not dry:
         done = subprocess.run(command, cwd=ROOT, env={**os.environ, "FFW_FAST_BUILD": "cuda"}, check=False)
         row["passed"] = done.returncode == 0
     yield row
 
 
-def _shown(command: list[str]) -> str:
+def _as_typed(command: list[str]) -> str:
     """As one would type it: programs by their names."""
     return " ".join(Path(word).name if Path(word).is_absolute() else word for word in command)
 
@@ -219,7 +219,7 @@ def _run_tests(command: list[str], settings: dict[str, str]) -> dict[str, Any]:
             last = line.strip() or last
             if re.match(r"(FAILED|ERROR) ", line):  # in the closing summary
                 failed.append(line.strip())
-    return {"command": _shown(command), "passed": process.returncode == 0, "summary": last, "failed": failed}
+    return {"command": _as_typed(command), "passed": process.returncode == 0, "summary": last, "failed": failed}
 
 
 def sanitized(dry: bool) -> Rows:
