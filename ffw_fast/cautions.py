@@ -14,11 +14,22 @@ from ffw_fast.flat_gates import FlatGates
 from ffw_fast.measure import Measurement
 from ffw_fast.modules import ungated_weights
 from ffw_fast.parts import DENSE_LAYERS
-from ffw_fast.schedule import Schedule
+from ffw_fast.schedule import COOLING, LARGEST_FALL, AdaptiveSchedule, Schedule
+from ffw_fast.settings import DEFAULTS, Settings
 
 DEVIATIONS = 2.0  # of an accuracy at chance from it, by chance
 MOST_NAMES = 8  # in a line
 MOST_WITHOUT_GRADIENT = 0.5  # share of the gates
+COLLAPSE = 0.9  # of the most that T may fall
+
+
+def of_settings(settings: Settings) -> Iterator[str]:
+    """Of what was asked for and does nothing."""
+    if settings.schedule != "adaptive" and settings.anneal_rate != DEFAULTS["anneal_rate"]:
+        yield (
+            f"anneal_rate={settings.anneal_rate:g} changes nothing: it is of schedule 'adaptive', and the schedule is "
+            f"{settings.schedule!r}"
+        )
 
 
 def of_vanilla(vanilla: Measurement, y: Tensor, b: Tensor) -> Iterator[str]:
@@ -129,3 +140,18 @@ def of_schedule(schedule: Schedule, gates: FlatGates, epochs: int) -> Iterator[s
         f"the run ended after {epochs} epoch{'s' * (epochs > 1)}, before its schedule did: T is {temperature:.2g} and "
         f"was to fall to {schedule.last_temperature:.2g}; {left}: {remedy}"
     )
+
+
+def of_annealing(schedule: Schedule, temperature: float, steps: int) -> Iterator[str]:
+    """Of an adaptive schedule that brought T from 1 to this temperature in so many steps."""
+    fall = -math.log(temperature)
+    if (
+        isinstance(schedule, AdaptiveSchedule)
+        and temperature <= 1 / COOLING  # at T = 1 gates hardly feel T, so that it always begins to fall fast
+        and fall >= COLLAPSE * LARGEST_FALL * steps
+    ):
+        yield (
+            f"anneal_rate={schedule.anneal_rate:g} is so large that it hardly held T back, which collapsed to "
+            f"{temperature:.2g} in {steps} steps, by {LARGEST_FALL:.0%} in most, the most it may fall: gates were "
+            "thrown to the sides they leaned to before others could make up for them: take a smaller anneal_rate"
+        )

@@ -1,5 +1,6 @@
 """One extraction under way by FFW: gates trained, heads refitted, T lowered, pruned networks judged, epoch by epoch."""
 
+import math
 import time
 import warnings
 from collections.abc import Iterable, Iterator
@@ -134,6 +135,7 @@ class Loop:
             vanilla = self._measure(self.heads, sparsity=0.0)
         self.vanilla_heads = self.heads.with_fresh_optimizer()
         self.metrics["vanilla"] = {**vanilla.as_dict(), "weight_sparsity": 0.0}
+        self._warn(cautions.of_settings(self.settings))
         self._warn(cautions.of_layers(self.dense_model))
         self._warn(cautions.of_vanilla(vanilla, self.val.y, self.val.b))
         self.seconds += time.perf_counter() - started
@@ -267,6 +269,8 @@ class Loop:
             self.judge()
         self._warn(cautions.of_gates(self.gates, self.optimizer.state[self.gates.gated]["exp_avg_sq"]))
         self._warn(cautions.of_schedule(self.schedule, self.gates, len(self.history)))
+        steps = len(self.history) * math.ceil(len(self.train.y) / self.settings.batch_size)
+        self._warn(cautions.of_annealing(self.schedule, self.gates.temperature.item(), steps))
         self.seconds += time.perf_counter() - started
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -152,9 +152,30 @@ def on_small_images(**changes):
 
 
 def test_a_sound_run_says_nothing(short):
-    found, seen = on_small_images(schedule="adaptive", anneal_rate=1.0, max_epochs=100)
+    found, seen = on_small_images(schedule="adaptive", anneal_rate=1e-3, max_epochs=100)
     assert len(found.history) < 100
     assert found.warnings == seen == []
+
+
+def test_a_rate_that_lets_t_collapse(short):
+    """Every step falls by the most it may, so that T is below 0.1 after 6 epochs of 20 steps."""
+    rushed = {"schedule": "adaptive", "anneal_rate": 1.0}
+    found, seen = on_small_images(**rushed, max_epochs=200)
+    assert found.warnings == seen
+    (text,) = found.warnings
+    assert text.startswith("anneal_rate=1 is so large that it hardly held T back, which collapsed to ")
+    assert f"in {20 * len(found.history)} steps, by 2% in most" in text
+    for epochs, collapsed in ((5, False), (6, True)):
+        shorter, _ = on_small_images(**rushed, max_epochs=epochs)
+        assert any("collapsed" in text for text in shorter.warnings) is collapsed
+
+
+@pytest.mark.parametrize("changes", [{"schedule": "published"}, {"method": "bise"}])
+def test_a_rate_of_a_schedule_without_one(changes, short):
+    found, seen = on_small_images(**changes, anneal_rate=1e-3)
+    assert found.warnings == seen
+    schedule = found.settings.schedule
+    assert f"anneal_rate=0.001 changes nothing: it is of schedule 'adaptive', and the schedule is {schedule!r}" in seen
 
 
 def cut_short(found: Extraction) -> list[str]:
@@ -190,7 +211,7 @@ def test_gates_of_bise_are_shut_before_its_schedule_ends(val):
 
 
 def test_a_checkpoint_that_is_continued_does_not_keep_it(short, tmp_path):
-    given = {"schedule": "adaptive", "anneal_rate": 1.0, "run_dir": tmp_path}
+    given = {"schedule": "adaptive", "anneal_rate": 1e-3, "run_dir": tmp_path}
     first, _ = on_small_images(**given, max_epochs=2)
     assert len(cut_short(first)) == 1
     assert len(cut_short(on_small_images(**given, max_epochs=3, resume=True)[0])) == 1, "that of its own end"

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ffw_fast.data.digits import SIDE, Digits
+from ffw_fast.data.memory import describe_bytes, memory_budget
 from ffw_fast.data.samples import Samples, Splits, check_count
 from ffw_fast.seeding import seeded_generator
 
@@ -88,7 +89,16 @@ class Coloring:
 
         The digits are gone through in order, again and again until there are enough samples, and draw new
         colours each time. So a set has as many different digits as its size allows.
+
+        Raises:
+            ValueError: more samples than memory has room for.
         """
+        needed, budget = size * self.palette[0].nbytes * self.side**2, memory_budget()
+        if needed > budget:
+            raise ValueError(
+                f"{size} samples of {self.side} x {self.side} pixels take {describe_bytes(needed)}, and there is room "
+                f"for {describe_bytes(budget)}: ask for fewer (train_size, unbiased_size)"
+            )
         which = torch.arange(size, device="cpu") % len(digits)
         labels = digits.labels[which]
         colors = torch.stack([draw_colors(labels, rho, generator) for rho in rhos], dim=1)

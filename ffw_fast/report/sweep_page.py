@@ -50,5 +50,7 @@ def pictures(folders: list[Path], varied: list[str]) -> list[Picture]:
     name = next((name for name, (_, shown) in FIGURES.items() if options and options <= shown), None)
     if name is None or not folders:
         return []
+    if name == "anneal-rate" and all(run.settings["schedule"] != "adaptive" for run in find_runs(folders)):
+        return []  # the rate changed nothing
     caption = "Mean over seeds, with one standard deviation around it."
     return [picture(name, FIGURES[name][0], caption, figure_module(name).numbers(folders), wide=name == "anneal-rate")]

@@ -79,6 +79,7 @@ def test_options(splits):
         ({"image_size": 6}, "image_size must be a whole number from 7 to 28, got 6"),
         ({"image_size": 29}, "from 7 to 28"),
         ({"train_size": 0}, "train_size must be a whole number of at least 1, got 0"),
+        ({"train_size": 10**11}, "100000000000 samples of 28 x 28 pixels take 940800.0 GB, and there is room for "),
         ({"unbiased_size": -1}, "unbiased_size"),
         ({"unbiased_digits": 601}, "unbiased_digits must be a whole number from 1 to 600, got 601"),
     ],

@@ -93,6 +93,14 @@ def test_bad_settings_end_the_sweep_before_any_work(tmp_path, in_this_process, c
     assert in_this_process == []
 
 
+def test_a_sweep_over_a_rate_that_its_schedule_does_not_have(tmp_path, digits, in_this_process):
+    """It has its page, without a figure of what changed nothing; each of its runs warns."""
+    rates = ["--schedule", "published", "--anneal-rate", "1e-4,2e-4"]
+    assert main(["sweep", "multi-color-mnist", "--out", str(tmp_path), *settings(digits), *rates, "--quiet"]) == 0
+    assert (tmp_path / "report.html").exists()
+    assert "anneal_rate=0.0002 changes nothing" in (tmp_path / "anneal_rate-0.0002" / "metrics.json").read_text()
+
+
 @pytest.mark.parametrize("name", ["sweep.csv", "report.html"])
 def test_files_of_something_else_end_the_sweep_before_any_work(tmp_path, in_this_process, capsys, name):
     (tmp_path / name).write_text("mine")
