@@ -8,54 +8,36 @@ whose outputs are the logits, or a linear projection. So a residual block conv-n
 gates, named after its two convolutions, and the second one also silences what comes through the shortcut.
 """
 
-import operator
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.nn.modules import activation as activations
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.dropout import _DropoutNd
 
+from ffw_fast.graph_nodes import (
+    PASSING,
+    PASSING_FUNCTIONS,
+    STATELESS,
+    first_input,
+    is_activation,
+    is_addition,
+    is_layer,
+    leaves_channels,
+    node_name,
+    pooled_dimensions,
+)
 from ffw_fast.modes import evaluation_mode
 from ffw_fast.parts import DENSE_LAYERS, held_elsewhere, matching, module_of, replace_module
 
-NOT_ELEMENTWISE = ("MultiheadAttention", "Softmax", "Softmax2d", "Softmin", "LogSoftmax", "GLU")
-ACTIVATIONS = tuple(getattr(activations, name) for name in activations.__all__ if name not in NOT_ELEMENTWISE)
-FUNCTIONS = frozenset(  # as functions and, where tensors have them, as methods
-    (
-        *("celu", "elu", "gelu", "hardsigmoid", "hardswish", "hardtanh", "leaky_relu", "logsigmoid", "mish"),
-        *("relu", "relu6", "selu", "sigmoid", "silu", "softplus", "softsign", "tanh"),
-    )
-)
-ADDITIONS = (operator.add, operator.iadd, torch.add)
-POOL_KINDS = ("Max", "Avg", "AdaptiveAvg", "AdaptiveMax")
-POOLS = {d: tuple(getattr(nn, f"{kind}Pool{d}d") for kind in POOL_KINDS) for d in (1, 2, 3)}  # by their dimensions
-POOL_FUNCTIONS = {f"{kind}_pool{d}d": d for kind in ("max", "avg", "adaptive_avg", "adaptive_max") for d in (1, 2, 3)}
-PASSING_FUNCTIONS = POOL_FUNCTIONS.keys() | {"dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout"}
-STATELESS = (nn.Identity, _DropoutNd, *POOLS[1], *POOLS[2], *POOLS[3])
-PASSING = (_BatchNorm, *STATELESS)  # between a layer and its non-linearity; each channel for itself
 HOOKS = (
     *("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs"),
     *("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
 )
-FLATTENED = -1
 WRAPPED = ("_orig_mod", "module")  # where torch.compile and DataParallel keep the network itself
-
-
-class Alive(NamedTuple):
-    """Which channels of a tensor may be other than constant, boolean (channels,), and where they lie.
-
-    ``layout`` is the number of dimensions behind theirs, which is the second; 0 where theirs is the last, as behind a
-    Linear layer; ``FLATTENED`` where each is several features of the last.
-    """
-
-    channels: Tensor
-    layout: int
 
 
 @dataclass(frozen=True)
@@ -209,63 +191,11 @@ class ChannelGraph:
     def kept_rows(self, masks: dict[str, Tensor]) -> dict[str, Tensor]:
         """Name of every Conv and Linear layer -> boolean (out_channels,) of those that pruning leaves in it."""
         silent = self.silent_rows(masks)
-        layers = {str(node.target): self._module(node) for node in self.graph.nodes if self._is_layer(node)}
+        layers = {str(node.target): self._module(node) for node in self.graph.nodes if is_layer(self.model, node)}
         return {
             name: silent.get(name, torch.ones(len(layer.weight), dtype=torch.bool, device=layer.weight.device))
             for name, layer in layers.items()
         }
-
-    def weight_sparsity(self, masks: dict[str, Tensor]) -> float:
-        """Share of all Conv and Linear weights that are gone: their output channel is zero, or their input is.
-
-        What the graph does not show (channels that are concatenated or permuted) counts as alive.
-        """
-        alive: dict[fx.Node, Alive | None] = {}
-        gates = {place.node: Alive(masks[name], len(place.shape) - 1) for name, place in self.places.items()}
-        rows_of = self.kept_rows(masks)
-        gone: dict[str, int] = {}
-        total: dict[str, int] = {}
-        for node in self.graph.nodes:
-            inputs = [alive.get(source) for source in node.all_input_nodes]
-            alive[node] = self._alive(node, inputs)
-            if self._is_layer(node):
-                layer: Any = self._module(node)
-                name = str(node.target)
-                rows, columns = rows_of[name], _columns(layer, inputs[0])
-                kept = int((rows.unsqueeze(1) & columns).sum()) * (layer.weight.numel() // columns.numel())
-                total[name] = layer.weight.numel()
-                gone[name] = min(gone.get(name, total[name]), total[name] - kept)  # of several calls
-                alive[node] = Alive(rows, layer.weight.dim() - 2)
-            if (gate := gates.get(node)) is not None:
-                reached = alive[node]
-                alive[node] = gate if reached is None else Alive(reached.channels & gate.channels, gate.layout)
-        return sum(gone.values()) / sum(total.values())
-
-    def _alive(self, node: fx.Node, inputs: list[Alive | None]) -> Alive | None:
-        """Which channels of a node's output may be other than constant; None: any."""
-        module, name = self._module(node), _name(node)
-        if _is_addition(node) and len(inputs) == 2:
-            first, second = inputs
-            if first is None or second is None or first.layout != second.layout:
-                return None
-            same = first.channels.shape == second.channels.shape
-            return Alive(first.channels | second.channels, first.layout) if same else None
-        if len(inputs) != 1 or (source := inputs[0]) is None:
-            return None
-        if dimensions := self._pooled(node):
-            return source if dimensions == source.layout else None
-        if isinstance(module, nn.Flatten) or name == "flatten":
-            return _flattened(node, module, source)
-        if name == "mean":
-            return _averaged(node, source)
-        same = isinstance(module, (*PASSING, *ACTIVATIONS)) or name in FUNCTIONS or name in PASSING_FUNCTIONS
-        return source if same else None
-
-    def _pooled(self, node: fx.Node) -> int:
-        """The number of dimensions that a pool runs over; 0 where the node is none."""
-        module = self._module(node)
-        kinds = (dimensions for dimensions, pools in POOLS.items() if isinstance(module, pools))
-        return next(kinds, POOL_FUNCTIONS.get(_name(node), 0))
 
     @cached_property
     def _needs_graph(self) -> bool:
@@ -280,23 +210,20 @@ class ChannelGraph:
     def _module(self, node: fx.Node) -> Any:
         return module_of(self.model, node)
 
-    def _is_layer(self, node: fx.Node) -> bool:
-        return type(self._module(node)) in DENSE_LAYERS
-
     def _find(self) -> Iterator[Place]:
         """Every place in the order of the graph; a layer gives its name to the first that it reaches."""
         order = {name: index for index, (name, _module) in enumerate(self.model.named_modules())}
         taken: set[str] = set()
         for node in self.graph.nodes:
-            if not self._is_activation(node):
+            if not is_activation(self.model, node):
                 continue
-            sources = list(self._sources(_input(node)))
+            sources = list(self._sources(first_input(node)))
             found = [(depth, order[name], name) for depth, name in sources if name not in taken]
             if not found or any(name == "" for _depth, name in sources):
                 continue
             name = min(found)[2]
             layer: Any = self.model.get_submodule(name)
-            trail, is_silent = self._silent(_input(node))
+            trail, is_silent = self._silent(first_input(node))
             modules = {module: self.model.get_submodule(module) for module in trail}
             silent = {module: part for module, part in modules.items() if isinstance(part, (*DENSE_LAYERS, _BatchNorm))}
             if any(_channels(part) != len(layer.weight) for part in silent.values()):
@@ -307,11 +234,6 @@ class ChannelGraph:
             between = trail if self._runs_once(node) or node.op != "call_module" else (*trail, str(node.target))
             yield Place(name, node, shape, tuple(silent), is_silent and zero, tuple(between))
 
-    def _is_activation(self, node: fx.Node) -> bool:
-        if not node.users or _input(node) is None:
-            return False  # a statement that works in place has no output that a gate could multiply
-        return isinstance(self._module(node), ACTIVATIONS) or _name(node) in FUNCTIONS
-
     def _sources(
         self, node: Any, depth: int = 0, additions: int = 1, pools: frozenset[int] = frozenset()
     ) -> Iterator[tuple[int, str]]:
@@ -319,14 +241,14 @@ class ChannelGraph:
 
         The name is empty where a pool mixes the channels of a layer that it is not made for.
         """
-        if self._is_layer(node):
+        if is_layer(self.model, node):
             layer: Any = self._module(node)
             if self._runs_once(node):
                 yield depth, str(node.target) if pools <= {layer.weight.dim() - 2} else ""
-        elif isinstance(self._module(node), PASSING) or _name(node) in PASSING_FUNCTIONS:
-            pooled = pools | {self._pooled(node)} - {0}
-            yield from self._sources(_input(node), depth + 1, additions, pooled)
-        elif _is_addition(node) and additions:
+        elif leaves_channels(self.model, node):
+            pooled = pools | {pooled_dimensions(self.model, node)} - {0}
+            yield from self._sources(first_input(node), depth + 1, additions, pooled)
+        elif is_addition(node) and additions:
             for source in node.all_input_nodes:
                 yield from self._sources(source, depth + 1, additions - 1, pools)
 
@@ -337,19 +259,19 @@ class ChannelGraph:
         """
         if node is None or len(node.users) != 1:
             return (), False
-        if _is_addition(node) and additions:
+        if is_addition(node) and additions:
             parts = [self._silent(source, additions - 1) for source in node.all_input_nodes]
             is_zero = len(parts) == 2 and all(zero for _names, zero in parts)
             return tuple(name for names, _zero in parts for name in names), is_zero
         module, name = self._module(node), str(node.target)
         if not self._runs_once(node):
-            passes = isinstance(module, STATELESS) or _name(node) in PASSING_FUNCTIONS
-            return self._silent(_input(node), additions) if passes else ((), False)
+            passes = isinstance(module, STATELESS) or node_name(node) in PASSING_FUNCTIONS
+            return self._silent(first_input(node), additions) if passes else ((), False)
         if type(module) in DENSE_LAYERS:
             return (name,), True
         if not isinstance(module, PASSING) or (isinstance(module, _BatchNorm) and module.weight is None):
             return (), False
-        names, zero = self._silent(_input(node), additions)
+        names, zero = self._silent(first_input(node), additions)
         return (name, *names), zero or isinstance(module, _BatchNorm)
 
     def _maps_zero_to_zero(self, node: fx.Node, shape: tuple[int, ...]) -> bool:
@@ -381,69 +303,8 @@ def _trace(model: nn.Module) -> fx.Graph:
         ) from error
 
 
-def _input(node: fx.Node) -> fx.Node | None:
-    """The node that another reads first, given by its place or by its name."""
-    return next(iter(node.all_input_nodes), None)
-
-
-def _flattened(node: fx.Node, module: nn.Module | None, source: Alive) -> Alive | None:
-    """Channels behind a flatten: each is several features, or stays in place where only what follows is flattened."""
-    first: Any
-    last: Any
-    if isinstance(module, nn.Flatten):
-        first, last = module.start_dim, module.end_dim
-    else:
-        first, last = (
-            node.kwargs.get(name, node.args[place] if len(node.args) > place else default)
-            for place, name, default in ((1, "start_dim", 0), (2, "end_dim", -1))
-        )
-    if source.layout < 1 or last not in (-1, source.layout + 1):
-        return source if source.layout == 0 and first == 1 else None  # nothing happens to (n, features)
-    return Alive(source.channels, FLATTENED) if first == 1 else Alive(source.channels, 1) if first == 2 else None
-
-
-def _averaged(node: fx.Node, source: Alive) -> Alive | None:
-    """Channels behind a mean: over all that follows them it leaves each as one feature."""
-    given: Any = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else None)
-    keeps = node.kwargs.get("keepdim", node.args[2] if len(node.args) > 2 else False)
-    if source.layout < 1 or not isinstance(given, int | tuple | list):
-        return None
-    axes = {axis % (source.layout + 2) for axis in ([given] if isinstance(given, int) else given)}
-    if axes != set(range(2, source.layout + 2)):
-        return None
-    return source if keeps else Alive(source.channels, 0)
-
-
-def _name(node: fx.Node) -> str:
-    """Name of the function or method that a node calls, without the underscore of one that works in place."""
-    target = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    return target.removesuffix("_") if node.op in ("call_function", "call_method") else ""
-
-
-def _is_addition(node: Any) -> bool:
-    if not isinstance(node, fx.Node):
-        return False
-    return node.target in ADDITIONS if node.op == "call_function" else node.op == "call_method" and _name(node) == "add"
-
-
 def _channels(module: Any) -> int:
     return module.num_features if isinstance(module, _BatchNorm) else len(module.weight)
-
-
-def _columns(layer: Any, alive: Alive | None) -> Tensor:
-    """Boolean (1 or out_channels, in_channels / groups) of the layer's inputs that are alive, or (1, 1): all."""
-    every = torch.ones(1, 1, dtype=torch.bool, device=layer.weight.device).expand(len(layer.weight), 1)
-    if alive is None:
-        return every
-    channels = alive.channels
-    if isinstance(layer, nn.Linear):
-        is_image = alive.layout == FLATTENED and layer.in_features % len(channels) == 0
-        if is_image or (alive.layout == 0 and layer.in_features == len(channels)):
-            return channels.repeat_interleave(layer.in_features // len(channels)).expand(len(layer.weight), -1)
-        return every
-    if alive.layout != layer.weight.dim() - 2 or len(channels) != layer.in_channels:
-        return every
-    return channels.view(layer.groups, -1).repeat_interleave(len(layer.weight) // layer.groups, dim=0)
 
 
 @torch.no_grad()

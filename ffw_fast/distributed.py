@@ -14,7 +14,6 @@ their step, and sends their gated weights to the others.
 import atexit
 import gc
 import json
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -34,6 +33,7 @@ if dist.is_available():
 
 from ffw_fast import ops
 from ffw_fast.data.samples import Inputs, Samples, part_of
+from ffw_fast.gradient_sum import GradientSum
 from ffw_fast.modules import FLAT_ALIGNMENT
 from ffw_fast.objective import Objective, objective
 from ffw_fast.run_state import Resumable, RunState, Snapshot
@@ -42,76 +42,11 @@ Result = TypeVar("Result")
 PATIENCE = timedelta(days=1)  # with a process that lives: the first one may train a biased network for hours
 GONE = 10.0  # seconds in which those that live find out who does not
 POLL = 0.05  # seconds
-PIECE = 2**20  # gates whose gradient is a message of its own, sent while the backward pass still runs
 ERRORS = (ValueError, TypeError, OSError, ImportError, FloatingPointError)
 
 
 class ProcessLost(ConnectionError):
     """A process of the group has ended, so the others cannot go on."""
-
-
-class GradientSum:
-    """The sum of all processes' gradients, of a flat buffer that the backward pass fills from its end on.
-
-    It goes round in pieces, each as soon as it is whole and those before it are on their way, so in the same order on
-    all processes.
-
-    Args:
-        gradient: (n,), of which the weights' gradients are views, one behind the other.
-        weights: leaves of autograd in the order of the buffer.
-        send: starts a message of a slice of the buffer; gives what waits for its end.
-    """
-
-    def __init__(
-        self, gradient: Tensor, weights: Sequence[Tensor], send: Callable[[slice], list[Callable[[], object]]]
-    ) -> None:
-        self._send = send
-        self._pieces: list[slice] = []
-        self._sizes: list[int] = []  # how many weights each piece holds
-        members: list[Tensor] = []
-        for weight in reversed(weights):
-            members.append(weight)
-            start = 0 if weight is weights[0] else _place(weight, gradient)
-            end = self._pieces[-1].start if self._pieces else len(gradient)
-            if end - start >= PIECE or start == 0:
-                self._add_piece(slice(start, end), members)
-                members = []
-        self._begin()
-
-    def _add_piece(self, piece: slice, members: list[Tensor]) -> None:
-        index = len(self._pieces)
-        self._pieces.append(piece)
-        self._sizes.append(len(members))
-        for weight in members:
-            weight.register_post_accumulate_grad_hook(lambda _weight: self._filled(index))
-
-    def _begin(self) -> None:
-        self._missing = list(self._sizes)
-        self._sent = 0
-        self._ends: list[Callable[[], object]] = []
-
-    def _filled(self, index: int) -> None:
-        self._missing[index] -= 1
-        while self._sent < len(self._pieces) and self._missing[self._sent] == 0:
-            self._send_next()
-
-    def _send_next(self) -> None:
-        self._ends += self._send(self._pieces[self._sent])
-        self._sent += 1
-
-    def finish(self) -> None:
-        """Wait until the sum is there; to be called after every backward pass."""
-        while self._sent < len(self._pieces):  # those whose weights got no gradient
-            self._send_next()
-        for end in self._ends:
-            end()
-        self._begin()
-
-
-def _place(weight: Tensor, gradient: Tensor) -> int:
-    """Where the weight's gradient begins in the buffer."""
-    assert weight.grad is not None
-    return int(weight.grad.storage_offset() - gradient.storage_offset())
 
 
 class Alone:
@@ -445,31 +380,3 @@ def processes(shard: bool = False) -> Alone:
     if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
         return Alone()
     return ShardedGroup() if shard else Group()
-
-
-def is_first() -> bool:
-    """Whether this process speaks and writes for its group, also before there is one and after it."""
-    return not _is_launched() or os.environ["RANK"] == "0"
-
-
-def _is_launched() -> bool:
-    """Whether torchrun, or what sets the same variables, started this process beside others."""
-    return {"RANK", "MASTER_ADDR"} <= os.environ.keys() and int(os.environ.get("WORLD_SIZE", "1")) > 1
-
-
-@contextmanager
-def started_by_torchrun(device: str | None) -> Iterator[str | None]:
-    """Within it there is the process group that torchrun's environment asks for; gives this process's device."""
-    if not _is_launched() or dist.is_initialized():
-        yield device
-        return
-    on_gpu = (device or "cpu").startswith("cuda")
-    if on_gpu:
-        if device != "cuda":
-            raise ValueError(f"on several processes each has a GPU of its own: give --device cuda, not {device}")
-        torch.cuda.set_device(device := f"cuda:{os.environ['LOCAL_RANK']}")
-    dist.init_process_group("nccl" if on_gpu else "gloo", timeout=PATIENCE)
-    try:
-        yield device
-    finally:
-        dist.destroy_process_group()

@@ -13,6 +13,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from ffw_fast.channel_sparsity import share_gone
 from ffw_fast.channels import ChannelGraph
 from ffw_fast.compact import compact as compacted
 from ffw_fast.copies import copy_of, state_tensors
@@ -190,7 +191,7 @@ def weight_sparsity(model: nn.Module, settings: Settings, masks: dict[str, Tenso
     """Share of the Conv and Linear weights that pruning removes; that of a pruned channel's readers included."""
     if settings.granularity == "weight":
         return sparsity(masks)
-    return ChannelGraph(model, settings.where).weight_sparsity(masks)
+    return share_gone(ChannelGraph(model, settings.where), masks)
 
 
 def masks_of(scores: dict[str, Tensor]) -> dict[str, Tensor]:

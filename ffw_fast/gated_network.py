@@ -16,9 +16,10 @@ from ffw_fast.convolutions import lay_out_by_taps, use_cheapest_convolutions
 from ffw_fast.convolutions.tap_major import by_taps, put_taps
 from ffw_fast.copies import copy_of
 from ffw_fast.data.samples import EVALUATION_BATCH, Inputs, batches_of
-from ffw_fast.distributed import Alone, GradientSum
+from ffw_fast.distributed import Alone
 from ffw_fast.flat_gates import FlatGates, FlatLayout
 from ffw_fast.gates import GateKind
+from ffw_fast.gradient_sum import GradientSum
 from ffw_fast.modules import maskable_layers
 from ffw_fast.parts import replace_module
 from ffw_fast.precision import full_float32

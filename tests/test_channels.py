@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch import fx, nn
 
 from ffw_fast import GATES, draw_gates, mask_model, masked_layers, set_temperature
+from ffw_fast.channel_sparsity import share_gone
 from ffw_fast.channels import ChannelGraph, ChannelMask
 from ffw_fast.models import MLP, ResNet18, SimpleConvNet
 from ffw_fast.modules import GatedActivation
@@ -217,7 +218,7 @@ def test_weights_that_read_positions_are_not_gone(mean):
     graph = ChannelGraph(Tokens(mean).eval())
     mask = torch.arange(8) < 2
     weights = sum(layer.weight.numel() for layer in (graph.model.conv, graph.model.mix, graph.model.fc))
-    assert graph.weight_sparsity({"conv": mask}) == 6 * 27 / weights
+    assert share_gone(graph, {"conv": mask}) == 6 * 27 / weights
 
 
 # pruned networks -----------------------------------------------------------------------------------------------------
@@ -272,7 +273,7 @@ def test_weights_are_gone_where_no_output_depends_on_them(name):
     model = make(name).double()
     graph = ChannelGraph(copy.deepcopy(model))
     masks = random_masks(graph, 1, 0.5)
-    counted = graph.weight_sparsity(masks)
+    counted = share_gone(graph, masks)
     pruned = ChannelGraph(copy.deepcopy(model)).prune(masks)
     for part in pruned.modules():  # every unit active, and no kept weight zero by chance
         for child in [child for child, module in part.named_children() if "ReLU" in type(module).__name__]:
@@ -293,7 +294,7 @@ def test_weights_are_gone_where_no_output_depends_on_them(name):
 def test_no_pruning_no_weights_gone():
     for name in NETWORKS:
         graph = ChannelGraph(make(name))
-        assert graph.weight_sparsity(random_masks(graph, 0, 0.0)) == 0
+        assert share_gone(graph, random_masks(graph, 0, 0.0)) == 0
 
 
 # masked models -------------------------------------------------------------------------------------------------------

@@ -21,11 +21,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ffw_fast.cli import main
-from ffw_fast.distributed import Alone, GradientSum, Group, ProcessLost, ShardedGroup, processes
+from ffw_fast.distributed import Alone, Group, ProcessLost, ShardedGroup, processes
 from ffw_fast.extract import extract
 from ffw_fast.extraction import Extraction
 from ffw_fast.flat_gates import FlatGates
 from ffw_fast.gates import GateKind
+from ffw_fast.gradient_sum import GradientSum
 from ffw_fast.modules import FLAT_ALIGNMENT
 from ffw_fast.objective import objective
 from ffw_fast.optim import GatedAdam
@@ -157,7 +158,7 @@ def test_the_mean_of_the_parts_information_is_another_number():
 
 @pytest.mark.parametrize("used", [(True, True, True, True), (True, False, True, True), (False, False, False, True)])
 def test_the_gradient_is_sent_whole_and_in_one_order_whatever_the_backward_pass_reaches(used, monkeypatch):
-    monkeypatch.setattr("ffw_fast.distributed.PIECE", 50)
+    monkeypatch.setattr("ffw_fast.gradient_sum.PIECE", 50)
     gradient = torch.zeros(160)
     weights = [torch.ones(40, requires_grad=True) for _ in range(4)]
     for weight, view in zip(weights, gradient.split(40), strict=True):

@@ -10,10 +10,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from ffw_fast.cli import compare, machine, networks, pages, run, sweep
-from ffw_fast.distributed import ProcessLost, is_first
+from ffw_fast.distributed import ProcessLost
 from ffw_fast.interrupts import Terminated, ending_signals_raise, exit_code
 from ffw_fast.run_state import CHECKPOINT
 from ffw_fast.runs.writing import VANILLA_CHECKPOINTS
+from ffw_fast.torchrun import is_first
 from ffw_fast.version import __version__
 
 ERRORS = (ValueError, TypeError, OSError, ImportError, FloatingPointError, MemoryError)

@@ -15,7 +15,6 @@ from ffw_fast.cli.options import (
 )
 from ffw_fast.cli.pages import tell_report
 from ffw_fast.cli.summary import metrics_table
-from ffw_fast.distributed import is_first, started_by_torchrun
 from ffw_fast.own import NAME as OWN
 from ffw_fast.own import TITLE as OWN_TITLE
 from ffw_fast.own import options_in_file
@@ -23,6 +22,7 @@ from ffw_fast.progress import EpochLines, describe_time, make_progress
 from ffw_fast.runs.biased_network import prepare_vanilla
 from ffw_fast.runs.run import run_workload
 from ffw_fast.tables import print_table
+from ffw_fast.torchrun import is_first, started_by_torchrun
 from ffw_fast.workloads import WORKLOADS
 
 
