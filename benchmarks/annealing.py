@@ -15,7 +15,7 @@ from rich.table import Table
 
 from ffw_fast.flat_gates import FlatGates
 from ffw_fast.gates import GateKind
-from ffw_fast.modules import maskable_layers
+from ffw_fast.masking import maskable_layers
 from ffw_fast.optim import GatedAdam
 from ffw_fast.tables import print_table
 

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from ffw_fast.bottleneck import outputs_of
 from ffw_fast.data.samples import Samples
+from ffw_fast.masking import maskable_layers
 from ffw_fast.models import MLP
-from ffw_fast.modules import maskable_layers
 from ffw_fast.workloads import WORKLOADS
 
 Shape: TypeAlias = tuple[int, ...]

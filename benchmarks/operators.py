@@ -38,7 +38,8 @@ from ffw_fast import heads, ops, optim, philox
 from ffw_fast.autograd import MutualInformation
 from ffw_fast.convolutions import fft
 from ffw_fast.gates import GateKind, gate, gate_slope
-from ffw_fast.modules import MASKED_CLASSES, maskable_layers
+from ffw_fast.masking import maskable_layers
+from ffw_fast.modules import MASKED_CLASSES
 from ffw_fast.reference import StraightThroughGate
 from ffw_fast.tables import print_table
 

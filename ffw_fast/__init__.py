@@ -15,13 +15,13 @@ from ffw_fast.export import export
 from ffw_fast.extract import extract
 from ffw_fast.extraction import Extraction, apply_masks, load_masks
 from ffw_fast.gates import GATES
+from ffw_fast.masking import mask_model
 from ffw_fast.modules import (
     MaskedConv1d,
     MaskedConv2d,
     MaskedConv3d,
     MaskedLinear,
     draw_gates,
-    mask_model,
     masked_layers,
     set_temperature,
 )

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from ffw_fast.bottleneck import bottleneck_module
 from ffw_fast.flat_gates import FlatGates
+from ffw_fast.masking import ungated_weights
 from ffw_fast.measure import Measurement
-from ffw_fast.modules import ungated_weights
 from ffw_fast.parts import DENSE_LAYERS
 from ffw_fast.schedule import COOLING, LARGEST_FALL, AdaptiveSchedule, Schedule
 from ffw_fast.settings import DEFAULTS, Settings

@@ -33,8 +33,8 @@ if dist.is_available():
 
 from ffw_fast import ops
 from ffw_fast.data.samples import Inputs, Samples, part_of
+from ffw_fast.flat_layout import FLAT_ALIGNMENT
 from ffw_fast.gradient_sum import GradientSum
-from ffw_fast.modules import FLAT_ALIGNMENT
 from ffw_fast.objective import Objective, objective
 from ffw_fast.run_state import Resumable, RunState, Snapshot
 

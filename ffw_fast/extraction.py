@@ -19,7 +19,7 @@ from ffw_fast.compact import compact as compacted
 from ffw_fast.copies import copy_of, state_tensors
 from ffw_fast.files import ShapesCheck, read_json, read_tensors, read_text, write_json, write_tensors, written_whole
 from ffw_fast.finetune import finetune
-from ffw_fast.modules import maskable_layers
+from ffw_fast.masking import maskable_layers
 from ffw_fast.seeding import seeded_generator
 from ffw_fast.settings import Settings
 

@@ -8,36 +8,10 @@ from torch import Tensor, nn
 
 from ffw_fast import ops, philox
 from ffw_fast.distributed import Alone
+from ffw_fast.flat_layout import FlatLayout
 from ffw_fast.gates import GateKind, gate_movement, half_open_sum
-from ffw_fast.modules import flat_offsets
 
 BLOCK = 2**18  # gates that a pass over the flat buffers takes at a time, where it needs memory for as many
-
-
-class FlatLayout:
-    """Where the layers' gates lie in a flat buffer of all, each layer starting at a multiple of 16 elements.
-
-    Attributes:
-        shapes: layer name -> shape of its weight.
-        length: of the buffer.
-    """
-
-    def __init__(self, shapes: dict[str, torch.Size]) -> None:
-        self.shapes = shapes
-        offsets = flat_offsets(shape.numel() for shape in shapes.values())
-        self.length = offsets[-1]
-        self._slices = {
-            name: slice(start, start + shape.numel())
-            for (name, shape), start in zip(shapes.items(), offsets, strict=False)
-        }
-
-    def view(self, buffer: Tensor, name: str) -> Tensor:
-        """The layer's part of a flat buffer, in the shape of its weight."""
-        return buffer[self._slices[name]].view(self.shapes[name])
-
-    def views(self, buffer: Tensor) -> dict[str, Tensor]:
-        """Every layer's part of a flat buffer."""
-        return {name: self.view(buffer, name) for name in self.shapes}
 
 
 class FlatGates(FlatLayout):

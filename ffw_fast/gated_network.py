@@ -17,10 +17,11 @@ from ffw_fast.convolutions.tap_major import by_taps, put_taps
 from ffw_fast.copies import copy_of
 from ffw_fast.data.samples import EVALUATION_BATCH, Inputs, batches_of
 from ffw_fast.distributed import Alone
-from ffw_fast.flat_gates import FlatGates, FlatLayout
+from ffw_fast.flat_gates import FlatGates
+from ffw_fast.flat_layout import FlatLayout
 from ffw_fast.gates import GateKind
 from ffw_fast.gradient_sum import GradientSum
-from ffw_fast.modules import maskable_layers
+from ffw_fast.masking import maskable_layers
 from ffw_fast.parts import replace_module
 from ffw_fast.precision import full_float32
 from ffw_fast.simplify import Outputs, simplified, split_before, still_gives

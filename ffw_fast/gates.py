@@ -42,6 +42,7 @@ class GateKind(enum.IntEnum):
 
 
 GATES = tuple(kind.name.lower() for kind in GateKind)
+GRANULARITIES = ("weight", "channel")
 
 
 def gate_kind(name: str) -> GateKind:
@@ -49,6 +50,12 @@ def gate_kind(name: str) -> GateKind:
     if name not in GATES:
         raise ValueError(f"unknown gate {name!r}; known gates: {', '.join(GATES)}")
     return GateKind[name.upper()]
+
+
+def check_granularity(granularity: str) -> None:
+    """``ValueError`` with the known granularities for any other."""
+    if granularity not in GRANULARITIES:
+        raise ValueError(f"unknown granularity {granularity!r}; known granularities: {', '.join(GRANULARITIES)}")
 
 
 def inverse_temperature(temperature: Tensor, dtype: torch.dtype) -> Tensor:

@@ -16,8 +16,9 @@ from ffw_fast.data.datasets import LAYOUTS, is_dataset, read_dataset
 from ffw_fast.data.pixels import Pixels
 from ffw_fast.data.samples import Inputs, Samples
 from ffw_fast.data.stream import Stream, drawing_from
+from ffw_fast.masking import maskable_layers
 from ffw_fast.modes import evaluation_mode
-from ffw_fast.modules import maskable_layers, masked_layers
+from ffw_fast.modules import masked_layers
 from ffw_fast.settings import Settings
 
 PIECE = 1 << 24  # bytes of inputs that are checked at a time, since a check makes copies

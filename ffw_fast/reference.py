@@ -22,11 +22,11 @@ from ffw_fast.channels import ChannelGraph
 from ffw_fast.copies import copy_of
 from ffw_fast.data.samples import Samples, batches_of
 from ffw_fast.extraction import Extraction, gated_tensors, masks_of, sparsity, weight_sparsity
+from ffw_fast.flat_layout import flat_offsets
 from ffw_fast.gates import GateKind, gate, gate_movement, gate_slope, half_open
 from ffw_fast.inputs import Problem, check_device, prepare
 from ffw_fast.measure import Measurement, measure
 from ffw_fast.modes import training_modes
-from ffw_fast.modules import flat_offsets
 from ffw_fast.ops import joint_distribution, joint_information
 from ffw_fast.plateau import Plateau
 from ffw_fast.precision import passes_in

@@ -7,8 +7,7 @@ from typing import Any, Self
 import numpy as np
 
 from ffw_fast.checks import check_integer, check_number, check_seed, is_number
-from ffw_fast.gates import GateKind, gate_kind
-from ffw_fast.modules import check_granularity
+from ffw_fast.gates import GateKind, check_granularity, gate_kind
 from ffw_fast.precision import check_precision
 from ffw_fast.schedule import SCHEDULES
 

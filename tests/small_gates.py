@@ -4,8 +4,8 @@ import torch
 
 from ffw_fast import philox
 from ffw_fast.flat_gates import FlatGates
+from ffw_fast.flat_layout import flat_offsets
 from ffw_fast.gates import GateKind
-from ffw_fast.modules import flat_offsets
 
 SHAPES = {"first": (5, 3), "second": (4, 2, 3)}
 

@@ -25,9 +25,9 @@ from ffw_fast.distributed import Alone, Group, ProcessLost, ShardedGroup, proces
 from ffw_fast.extract import extract
 from ffw_fast.extraction import Extraction
 from ffw_fast.flat_gates import FlatGates
+from ffw_fast.flat_layout import FLAT_ALIGNMENT
 from ffw_fast.gates import GateKind
 from ffw_fast.gradient_sum import GradientSum
-from ffw_fast.modules import FLAT_ALIGNMENT
 from ffw_fast.objective import objective
 from ffw_fast.optim import GatedAdam
 from ffw_fast.progress import Progress

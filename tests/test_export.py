@@ -6,7 +6,7 @@ from torch import nn
 
 from ffw_fast.compact import compact
 from ffw_fast.export import TOLERANCE, export
-from ffw_fast.modules import mask_model
+from ffw_fast.masking import mask_model
 from tests.small_images import network
 
 

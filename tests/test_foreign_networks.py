@@ -10,8 +10,8 @@ from torch import nn
 
 import ffw_fast
 from ffw_fast import reference
+from ffw_fast.masking import maskable_layers
 from ffw_fast.models import ResNet18
-from ffw_fast.modules import maskable_layers
 
 torchvision = pytest.importorskip("torchvision", reason="torchvision is not installed")
 timm = pytest.importorskip("timm", reason="timm is not installed")

@@ -9,7 +9,8 @@ from torch import nn
 from ffw_fast import ops
 from ffw_fast.gated_network import GatedNetwork
 from ffw_fast.gates import GATES, GateKind, gate_kind
-from ffw_fast.modules import mask_model, masked_layers, set_temperature
+from ffw_fast.masking import mask_model
+from ffw_fast.modules import masked_layers, set_temperature
 from ffw_fast.optim import GatedAdam
 from tests import six_features, small_images
 from tests.small_gates import spread_scores

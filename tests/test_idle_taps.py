@@ -9,7 +9,7 @@ from torch import nn
 from ffw_fast import cautions
 from ffw_fast.convolutions.tap_major import TapMajorConv2d
 from ffw_fast.extract import extract
-from ffw_fast.flat_gates import FlatLayout
+from ffw_fast.flat_layout import FlatLayout
 from ffw_fast.gated_network import GatedNetwork
 from ffw_fast.gates import GateKind
 from ffw_fast.models import ResNet18

@@ -23,7 +23,7 @@ from torch.utils.data import (
 from ffw_fast import inputs
 from ffw_fast.data.samples import Samples
 from ffw_fast.inputs import as_samples, check_layers, check_model, prepare
-from ffw_fast.modules import mask_model
+from ffw_fast.masking import mask_model
 from ffw_fast.settings import Settings
 from tests.six_features import BOTTLENECK, CLASSES, network, samples
 

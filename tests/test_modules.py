@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ffw_fast import philox
 from ffw_fast.gates import GATES, GateKind
+from ffw_fast.masking import mask_model
 from ffw_fast.modules import (
     MASKED_CLASSES,
     MaskedConv1d,
@@ -23,7 +24,6 @@ from ffw_fast.modules import (
     MaskedConv3d,
     MaskedLinear,
     draw_gates,
-    mask_model,
     masked_layers,
     set_temperature,
 )

@@ -8,8 +8,8 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR
 
 from ffw_fast import philox
 from ffw_fast.flat_gates import FlatGates
+from ffw_fast.flat_layout import flat_offsets
 from ffw_fast.gates import GATES, GateKind, gate_kind, gate_movement
-from ffw_fast.modules import flat_offsets
 from ffw_fast.optim import GatedAdam
 from tests.small_gates import PlainScores, backward, loss_of, make_gates
 

@@ -6,7 +6,7 @@ from ffw_fast.cli.options import Commands, add_workloads, asked_for, workload_pa
 from ffw_fast.cli.pages import tell_report
 from ffw_fast.comparison.compare import all_settings, compare
 from ffw_fast.comparison.record import comparison_lines, cost_columns, outcome_columns
-from ffw_fast.modules import GRANULARITIES
+from ffw_fast.gates import GRANULARITIES
 from ffw_fast.progress import make_progress
 from ffw_fast.schedule import SCHEDULES
 from ffw_fast.settings import METHODS

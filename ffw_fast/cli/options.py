@@ -5,8 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeAlias
 
-from ffw_fast.gates import GATES
-from ffw_fast.modules import GRANULARITIES
+from ffw_fast.gates import GATES, GRANULARITIES
 from ffw_fast.own import NAME as OWN
 from ffw_fast.own import own_workload
 from ffw_fast.precision import PRECISIONS

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ffw_fast.data.samples import EVALUATION_BATCH, Samples, batches_of
 from ffw_fast.extraction import apply_masks
 from ffw_fast.finetune import finetune
-from ffw_fast.modules import maskable_layers
+from ffw_fast.masking import maskable_layers
 from ffw_fast.settings import Settings
 
 VALIDATION_STEPS = 20  # from one validation to the next at least
