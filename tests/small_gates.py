@@ -26,6 +26,14 @@ def spread_scores(gates: FlatGates, source: torch.Generator | None = None) -> No
     gates.refresh()
 
 
+def with_random_scores(layer, seed: int = 0):
+    """The masked layer with scores to both sides of 0."""
+    source = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        layer.scores.copy_(torch.randn(layer.scores.shape, generator=source, dtype=torch.float64))
+    return layer
+
+
 def loss_of(gated: dict[str, torch.Tensor], call: int = 0) -> torch.Tensor:
     """Some function of the gated weights that is not linear, another one in every step."""
     total = torch.zeros((), dtype=torch.float64)
