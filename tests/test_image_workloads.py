@@ -7,6 +7,8 @@ import pytest
 pytest.importorskip("PIL", reason="images are decoded by Pillow: pip install 'ffw_fast[images]'")
 
 from ffw_fast.cli import main
+from ffw_fast.data import image_files
+from ffw_fast.runs import biased_network
 from tests.data.image_folders import write_celeba, write_cifar10c
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -24,6 +26,21 @@ def test_celeba_runs_to_its_end(tmp_path, capsys):
     assert len(metrics["pruned"]["bias_accuracy"]) == 1
     assert 0 < metrics["pruned"]["sparsity"] < 1
     assert "gender" in capsys.readouterr().out
+
+
+def test_a_trained_network_needs_no_images_of_the_biased_set_but_a_few(tmp_path, monkeypatch):
+    """A few tell whether it was trained on these."""
+    write_celeba(tmp_path, {0: [5, 6, 4, 1], 1: [6, 7, 8, 5], 2: [3, 2, 4, 3]})
+    arguments = ["run", "celeba", "--data-dir", str(tmp_path), "--image-size", "32", "--out", str(tmp_path / "out")]
+    monkeypatch.setattr(biased_network, "FINGERPRINT_SAMPLES", 2)
+    decoded = []
+    decode = image_files._decode
+    monkeypatch.setattr(image_files, "_decode", lambda path, side: decoded.append(path) or decode(path, side))
+    unbiased = 12 + 8 + 8
+    for images in (16 + 2, 2):
+        decoded.clear()
+        assert main([*arguments, *SHORT]) == 0
+        assert len(decoded) == unbiased + images
 
 
 def test_corrupted_cifar10_runs_to_its_end_and_resumes(tmp_path, capsys):

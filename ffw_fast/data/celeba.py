@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ffw_fast.data.image_cache import cache_folder
-from ffw_fast.data.image_files import load_images
+from ffw_fast.data.image_files import ImageFiles
 from ffw_fast.data.pixels import Pixels
 from ffw_fast.data.samples import Samples, Splits, check_count
 from ffw_fast.seeding import random_order
@@ -68,7 +68,8 @@ def celeba(
         cache_dir: folder for decoded images that do not fit into memory; by default ``ffw_fast-cache`` beside them.
 
     Raises:
-        FileNotFoundError, NotADirectoryError, ValueError: a list or an image is missing or not what it should be.
+        FileNotFoundError, NotADirectoryError, ValueError: a list or an image is missing or not what it should be; of
+            the vanilla set, an image that is none when it is first read.
         ImportError: Pillow is not installed.
     """
     side = check_count("image_size", image_size, SIDE, SMALLEST_SIDE, SIDE)
@@ -83,18 +84,13 @@ def celeba(
     cut = round(0.6 * len(unbiased))
     cache = cache_folder(cache_dir, folder)
 
-    def load(chosen: Tensor) -> Samples:
+    def listed(chosen: Tensor) -> Samples:
         part = listing.of(chosen)
         paths = [folder / "img_align_celeba" / name for name in part.names]
-        images, mapped = load_images(paths, side, cache)
-        return Samples(Pixels(images, MEAN, DEVIATION, mapped=mapped), part.y, part.b.unsqueeze(1))
+        return Samples(Pixels(ImageFiles(paths, side, cache), MEAN, DEVIATION), part.y, part.b.unsqueeze(1))
 
-    return Splits(
-        vanilla=load(vanilla),
-        train=load(unbiased[:cut]),
-        val=load(unbiased[cut:]),
-        test=load(_balanced(listing, rows[TEST], seed, "test")),
-    )
+    test = _balanced(listing, rows[TEST], seed, "test")
+    return Splits(listed(vanilla), listed(unbiased[:cut]), listed(unbiased[cut:]), listed(test))
 
 
 def _shuffled(rows: Tensor, seed: int, purpose: str) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 
 from ffw_fast.checks import is_number
 from ffw_fast.data.image_cache import cache_folder
-from ffw_fast.data.image_files import load_images
+from ffw_fast.data.image_files import ImageFiles
 from ffw_fast.data.pixels import Pixels
 from ffw_fast.data.samples import Samples, Splits, check_count, part_of, split_60_20_20
 from ffw_fast.seeding import random_order
@@ -53,7 +53,8 @@ def corrupted_cifar10(
         cache_dir: folder for decoded images that do not fit into memory; by default ``ffw_fast-cache`` beside them.
 
     Raises:
-        FileNotFoundError, NotADirectoryError, ValueError: a folder or an image is missing or not what it should be.
+        FileNotFoundError, NotADirectoryError, ValueError: a folder or an image is missing or not what it should be; of
+            the vanilla set, an image that is none when it is first read.
         ImportError: Pillow is not installed.
     """
     if data_dir is None:
@@ -66,7 +67,7 @@ def corrupted_cifar10(
     vanilla = vanilla[: check_count("train_size", train_size, len(vanilla), most=len(vanilla))]
     first = slice(check_count("unbiased_size", unbiased_size, len(parts[0]), most=len(parts[0])))
     cache = cache_folder(cache_dir, folder)
-    biased_set, pool, val, test = (_load(paths, cache) for paths in (vanilla, *parts))
+    biased_set, pool, val, test = (_listed(paths, cache) for paths in (vanilla, *parts))
     train = Samples(part_of(pool.x, first), pool.y[first], pool.b[first])
     return Splits(biased_set, train, val, test, pool)
 
@@ -95,10 +96,9 @@ def _shuffled(paths: list[Path], seed: int, purpose: str) -> list[Path]:
     return [paths[row] for row in random_order(len(paths), seed, purpose).tolist()]
 
 
-def _load(paths: Sequence[Path], cache: Path) -> Samples:
+def _listed(paths: Sequence[Path], cache: Path) -> Samples:
     labels = torch.tensor([_labels(path) for path in paths])
-    images, mapped = load_images(paths, SIDE, cache)
-    return Samples(Pixels(images, MEAN, DEVIATION, mapped=mapped), labels[:, 0], labels[:, 1:])
+    return Samples(Pixels(ImageFiles(paths, SIDE, cache), MEAN, DEVIATION), labels[:, 0], labels[:, 1:])
 
 
 def _labels(path: Path) -> tuple[int, int]:

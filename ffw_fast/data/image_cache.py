@@ -24,7 +24,7 @@ def cache_folder(cache_dir: str | None, data: Path) -> Path:
 
 def mapped_images(
     paths: Sequence[Path],
-    shape: tuple[int, int, int, int],
+    shape: torch.Size,
     cache_dir: Path,
     decode_into: Callable[[Tensor, Sequence[Path]], None],
 ) -> Tensor:
@@ -37,7 +37,7 @@ def mapped_images(
     Raises:
         OSError: the folder cannot be written, or its disk has no room.
     """
-    size = torch.Size(shape).numel()
+    size = shape.numel()
     name = _name(paths, shape)
     file, record = cache_dir / f"{name}.uint8", cache_dir / f"{name}.json"
     if not _is_whole(file, record, size):

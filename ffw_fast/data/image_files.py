@@ -3,6 +3,7 @@
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,24 +16,47 @@ from ffw_fast.data.memory import memory_budget
 CHUNK = 64  # images that a thread decodes at a time
 
 
-def load_images(paths: Sequence[Path], side: int, cache_dir: Path) -> tuple[Tensor, bool]:
-    """RGB images as uint8 (n, 3, side, side), and whether they are mapped from a file in ``cache_dir``.
+class ImageFiles:
+    """RGB images of files as uint8 (n, 3, side, side), decoded when they are first read: a set may not be needed.
 
     Images of another size are resized, with bilinear interpolation as torchvision's ``Resize`` does it.
 
+    Args:
+        cache_dir: where the file lies that decoded images are mapped from, if they do not fit into memory.
+
     Raises:
         ImportError: Pillow is not installed.
-        FileNotFoundError, ValueError: an image is missing, truncated or no image; its path.
-        OSError: there is no room in memory, and the cache cannot be written.
+        FileNotFoundError: an image is missing; its path.
     """
-    _pillow()
-    _check_presence(paths)
-    shape = (len(paths), 3, side, side)
-    if torch.Size(shape).numel() <= memory_budget():
-        images = torch.empty(shape, dtype=torch.uint8)
-        decode_into(images, paths)
+
+    def __init__(self, paths: Sequence[Path], side: int, cache_dir: Path) -> None:
+        _pillow()
+        _check_presence(paths)
+        self.shape = torch.Size((len(paths), 3, side, side))
+        self._paths = paths
+        self._cache_dir = cache_dir
+
+    @cached_property
+    def decoded(self) -> tuple[Tensor, bool]:
+        """All images, and whether they are mapped from a file.
+
+        Raises:
+            ValueError: an image is truncated or no image; its path.
+            OSError: there is no room in memory, and the cache cannot be written.
+        """
+        if self.shape.numel() > memory_budget():
+            return mapped_images(self._paths, self.shape, self._cache_dir, decode_into), True
+        images = torch.empty(self.shape, dtype=torch.uint8)
+        decode_into(images, self._paths)
         return images, False
-    return mapped_images(paths, shape, cache_dir, decode_into), True
+
+    def few(self, rows: Tensor) -> Tensor:
+        """The images of these rows, without decoding the others."""
+        if "decoded" in vars(self):
+            return self.decoded[0][rows]
+        images = torch.empty((len(rows), *self.shape[1:]), dtype=torch.uint8)
+        decode_into(images, [self._paths[row] for row in rows.tolist()])
+        return images
 
 
 def decode_into(images: Tensor, paths: Sequence[Path]) -> None:

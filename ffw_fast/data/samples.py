@@ -101,6 +101,12 @@ class Splits:
     # Of each bias and the target in the biased set, where it is known.
     correlations: tuple[float, ...] | None = field(default=None, kw_only=True)
 
+    def __post_init__(self) -> None:
+        """Decode what every run reads, to find a damaged image before any work; not the set of a trained network."""
+        for samples in (self.train, self.val, self.test):
+            if isinstance(samples.x, Pixels):
+                samples.x.decode()
+
     @property
     def for_heads(self) -> Samples:
         """What the heads that measure leakage are fitted on."""

@@ -113,10 +113,9 @@ def _record(request: Request, splits: Splits) -> dict[str, Any]:
 
 def _fingerprint(samples: Samples) -> str:
     """Of all labels, and of the inputs of a few samples: to read all images of a large set would take minutes."""
-    inputs = samples.x.images if isinstance(samples.x, Pixels) else samples.x
-    count = min(len(inputs), FINGERPRINT_SAMPLES)
-    rows = torch.linspace(0, len(inputs) - 1, count, device="cpu").long()
-    return digest(inputs[rows], samples.y, samples.b)
+    x = samples.x
+    rows = torch.linspace(0, len(x) - 1, min(len(x), FINGERPRINT_SAMPLES), device="cpu").long()
+    return digest(x.few(rows) if isinstance(x, Pixels) else x[rows], samples.y, samples.b)
 
 
 def _kept_vanilla(out: Path, record: dict[str, Any]) -> dict[str, Tensor] | None:

@@ -62,7 +62,8 @@ def test_images_that_do_not_fit_are_decoded_into_the_folder_named(folder, tmp_pa
     expected = corrupted_cifar10(folder)
     monkeypatch.setattr("ffw_fast.data.image_files.memory_budget", lambda: 0)
     mapped = corrupted_cifar10(folder, cache_dir=str(tmp_path / "cache"))
-    assert torch.equal(mapped.train.x.images, expected.train.x.images)
+    for name in ("vanilla", "train"):
+        assert torch.equal(getattr(mapped, name).x.images, getattr(expected, name).x.images)
     assert len(list((tmp_path / "cache").glob("*.uint8"))) == 4
 
 
