@@ -1,6 +1,7 @@
 """Where in an image a network finds its answer: Grad-CAM, and gradient times input where nothing is convolved."""
 
 from collections.abc import Mapping
+from contextlib import ExitStack
 
 import torch
 from torch import Tensor, nn
@@ -27,17 +28,13 @@ def attribution(model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
     """
     x = x.detach().clone().requires_grad_()
     outputs: list[Tensor] = []
-    hooks = [
-        layer.register_forward_hook(lambda _layer, _x, output: outputs.append(output))
-        for layer in model.modules()
-        if isinstance(layer, CONVOLUTIONS)
-    ]
     with torch.enable_grad():
-        try:
+        with ExitStack() as hooks:
+            for layer in model.modules():
+                if isinstance(layer, CONVOLUTIONS):
+                    keep = layer.register_forward_hook(lambda _layer, _x, output: outputs.append(output))
+                    hooks.enter_context(keep)
             logits = model(x.clone())  # a copy, which it may overwrite
-        finally:
-            for hook in hooks:
-                hook.remove()
         predictions = logits.argmax(1)
         predicted = logits.gather(1, predictions.unsqueeze(1)).sum()
         planes = [output for output in outputs if output.dim() == 4 and output[0, 0].numel() > 1]

@@ -16,11 +16,8 @@ def bottleneck_module(model: nn.Module, name: str) -> nn.Module:
 def outputs_of(model: nn.Module, bottleneck: str, x: Tensor) -> list[Tensor]:
     """Output of the bottleneck, as it is once the forward pass has ended, and of the model."""
     kept: list[Tensor] = []
-    hook = bottleneck_module(model, bottleneck).register_forward_hook(lambda _module, _x, output: kept.append(output))
-    try:
+    with bottleneck_module(model, bottleneck).register_forward_hook(lambda _module, _x, output: kept.append(output)):
         return [model(x.clone()), *kept]
-    finally:
-        hook.remove()
 
 
 class PastBottleneck(Exception):

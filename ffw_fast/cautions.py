@@ -77,12 +77,8 @@ def of_bottleneck(network: nn.Module, bottleneck: str, x: Tensor) -> Iterator[st
         return output[:1].expand_as(output).clone()
 
     logits = network(x.clone())
-    handle = bottleneck_module(network, bottleneck).register_forward_hook(hold_fixed)
-    try:
-        with torch.enable_grad():
-            fixed = network(x.clone())
-    finally:
-        handle.remove()
+    with bottleneck_module(network, bottleneck).register_forward_hook(hold_fixed), torch.enable_grad():
+        fixed = network(x.clone())
     if not kept[0].requires_grad:
         yield (
             f"no gate acts on what bottleneck {bottleneck!r} gives, so that nothing of the bias can be removed there: "

@@ -7,7 +7,7 @@ refused; and a constant must also be seen on real samples.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -42,13 +42,10 @@ def constant_inputs(model: nn.Module, samples: Tensor) -> dict[str, Tensor]:
     names = {layer: name for name, layer in model.named_modules() if type(layer) in DENSE_LAYERS}
     scales = [module for module in model.modules() if isinstance(module, _BatchNorm | ChannelMask)]
     watch = _NanWatch()
-    hooks = [module.register_forward_hook(watch.stop_at_zeros, with_kwargs=True) for module in (*names, *scales)]
-    try:
-        with watch:
-            claimed = _seen_inputs(model, names, torch.full_like(samples[:1], torch.nan), watch)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with watch, ExitStack() as hooks:
+        for module in (*names, *scales):
+            hooks.enter_context(module.register_forward_hook(watch.stop_at_zeros, with_kwargs=True))
+        claimed = _seen_inputs(model, names, torch.full_like(samples[:1], torch.nan), watch)
     seen = _seen_inputs(model, names, samples, watch)
     agreed = {name: _agreed(claimed[name], seen[name]) for name in claimed.keys() & seen.keys()}
     return {name: agreed[name] for name in names.values() if name in agreed and not agreed[name].isnan().all()}
@@ -64,12 +61,10 @@ def _seen_inputs(model: nn.Module, names: dict[nn.Module, str], x: Tensor, watch
             values = _one_value(read, _channel_dim(layer, read))
             seen[name] = _agreed(seen[name], values) if name in seen else values
 
-    hooks = [layer.register_forward_pre_hook(look, with_kwargs=True) for layer in names]
-    try:
+    with ExitStack() as hooks:
+        for layer in names:
+            hooks.enter_context(layer.register_forward_pre_hook(look, with_kwargs=True))
         model(x)
-    finally:
-        for hook in hooks:
-            hook.remove()
     return seen
 
 

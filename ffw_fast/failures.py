@@ -6,7 +6,7 @@ looked into after every step.
 """
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -30,19 +30,16 @@ def first_bad_step(
         group: the processes that do so, of which each may see another part of it.
     """
     outputs: list[str] = []
-    hooks = [
-        part.register_forward_hook(lambda _part, _inputs, output, name=name: outputs.extend(_bad(output, name)))
-        for name, part in network.named_modules()
-        if not any(part.children())
-    ]
-    try:
+    with ExitStack() as hooks:
+        for name, part in network.named_modules():
+            if not any(part.children()):
+                hooks.enter_context(
+                    part.register_forward_hook(lambda _part, _x, output, name=name: outputs.extend(_bad(output, name)))
+                )
         for number, losses in enumerate(steps, 1):
             if found := next(filter(None, group.facts(_first_bad(losses, outputs, gates, heads))), None):
                 return f"first at step {number} of the epoch, in {found}"
             outputs.clear()
-    finally:
-        for hook in hooks:
-            hook.remove()
     return "not in a step, but when the heads were refitted after the last one"
 
 

@@ -222,16 +222,14 @@ def check_model(model: nn.Module, bottleneck: str, samples: Sequence[Samples]) -
     x = samples[0].x[:2].to(next(iter(maskable_layers(model).values())).weight.device)
     model = copy_of(model)  # whose buffers a forward pass may change
     seen: list[tuple[Any, int]] = []
-    handle = bottleneck_module(model, bottleneck).register_forward_hook(
+    watched = bottleneck_module(model, bottleneck).register_forward_hook(
         lambda _module, _inputs, output: seen.append((output, _version(output)))
     )
     try:
-        with evaluation_mode(model), torch.no_grad(), torch.random.fork_rng(devices=[]):
+        with watched, evaluation_mode(model), torch.no_grad(), torch.random.fork_rng(devices=[]):
             logits, again = (model(x.clone()) for _ in range(2))
     except Exception as error:  # whatever the model's own code raises
         raise ValueError(f"the model fails on samples x of shape {tuple(x.shape)}: {error}") from error
-    finally:
-        handle.remove()
     if len(seen) != 2:
         times = "never reached" if not seen else f"reached {len(seen) // 2} times"
         raise ValueError(f"bottleneck {bottleneck!r} is {times} in a forward pass; it must be reached exactly once")

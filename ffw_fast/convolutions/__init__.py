@@ -7,7 +7,7 @@ of memory (``batch_innermost``). On a GPU all of them are cuDNN's, of images as 
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -144,10 +144,8 @@ def _image_sizes(model: nn.Module) -> Iterator[dict[nn.Module, Sizes]]:
         if x.dim() == 4:
             sizes.setdefault(layer, set()).add((x.shape[2], x.shape[3]))
 
-    layers = [layer for layer in model.modules() if type(layer) is nn.Conv2d]
-    hooks = [layer.register_forward_pre_hook(note, with_kwargs=True) for layer in layers]
-    try:
+    with ExitStack() as hooks:
+        for layer in model.modules():
+            if type(layer) is nn.Conv2d:
+                hooks.enter_context(layer.register_forward_pre_hook(note, with_kwargs=True))
         yield sizes
-    finally:
-        for hook in hooks:
-            hook.remove()
