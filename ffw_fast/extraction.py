@@ -18,7 +18,7 @@ from ffw_fast.channels import ChannelGraph
 from ffw_fast.compact import compact as compacted
 from ffw_fast.copies import copy_of, state_tensors
 from ffw_fast.files import ShapesCheck, read_json, read_tensors, read_text, write_json, write_tensors, written_whole
-from ffw_fast.finetune import finetune
+from ffw_fast.finetune import EPOCHS, finetune
 from ffw_fast.masking import maskable_layers
 from ffw_fast.seeding import seeded_generator
 from ffw_fast.settings import Settings
@@ -108,7 +108,9 @@ class Extraction:
         weight = next(self.dense_model.parameters())
         return torch.randn(count, *self.input_shape, generator=source, dtype=torch.float32, device="cpu").to(weight)
 
-    def finetune(self, train: Any, val: Any, epochs: int = 10, *, gamma: float = 0.0, best: bool = False) -> nn.Module:
+    def finetune(
+        self, train: Any, val: Any, epochs: int = EPOCHS, *, gamma: float = 0.0, best: bool = False
+    ) -> nn.Module:
         """The pruned network with its surviving weights trained further; see ``ffw_fast.finetune.finetune``."""
         masks = self.best_masks if best else self.masks
         if self.settings.granularity == "channel":  # all layers are trained, the rows of pruned channels excepted

@@ -23,6 +23,7 @@ from ffw_fast.objective import Objective, objective
 from ffw_fast.seeding import FINETUNE_ORDERS, epoch_order
 from ffw_fast.settings import Settings
 
+EPOCHS = 10
 LR = 1e-3
 
 
@@ -34,7 +35,7 @@ def finetune(
     val: Any,
     settings: Settings,
     *,
-    epochs: int = 10,
+    epochs: int = EPOCHS,
     gamma: float = 0.0,
     lr: float = LR,
     validate_every: int = 1,

@@ -1,6 +1,5 @@
 """One extraction under way by FFW: gates trained, heads refitted, T lowered, pruned networks judged, epoch by epoch."""
 
-import math
 import time
 import warnings
 from collections.abc import Iterable, Iterator
@@ -269,7 +268,7 @@ class Loop:
             self.judge()
         self._warn(cautions.of_gates(self.gates, self.optimizer.state[self.gates.gated]["exp_avg_sq"]))
         self._warn(cautions.of_schedule(self.schedule, self.gates, len(self.history)))
-        steps = len(self.history) * math.ceil(len(self.train.y) / self.settings.batch_size)
+        steps = len(self.history) * self.settings.steps_of(len(self.train.y))
         self._warn(cautions.of_annealing(self.schedule, self.gates.temperature.item(), steps))
         self.seconds += time.perf_counter() - started
 

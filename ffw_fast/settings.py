@@ -1,5 +1,6 @@
 """Everything that a run is asked for, checked before any work is done."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any, Self
@@ -71,6 +72,10 @@ class Settings:
     @property
     def kind(self) -> GateKind:
         return gate_kind(self.gate)
+
+    def steps_of(self, samples: int) -> int:
+        """How many steps an epoch of so many samples has."""
+        return math.ceil(samples / self.batch_size)
 
     def as_dict(self) -> dict[str, Any]:
         """As JSON can hold it."""

@@ -1,6 +1,7 @@
 """What FFW is up against: pruning by magnitude, and training on the same unbiased data in the ordinary ways."""
 
 import copy
+import math
 from collections import OrderedDict
 from dataclasses import replace
 
@@ -104,6 +105,5 @@ def _trained(
     from_scratch: bool = False,
 ) -> nn.Module:
     """Those weights trained on the unbiased set; epochs of a few steps are not each worth a validation."""
-    steps = -(-len(train.y) // settings.batch_size)
-    every = -(-VALIDATION_STEPS // steps)
+    every = math.ceil(VALIDATION_STEPS / settings.steps_of(len(train.y)))
     return finetune(model, masks, train, val, settings, epochs=epochs, validate_every=every, from_scratch=from_scratch)

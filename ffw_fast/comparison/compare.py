@@ -27,6 +27,7 @@ from ffw_fast.comparison.record import RESULTS, Comparison, Rows, read_compariso
 from ffw_fast.data.samples import Inputs, Splits
 from ffw_fast.extract import extract_by
 from ffw_fast.extraction import CONFIG, Extraction, sparsity
+from ffw_fast.finetune import EPOCHS as TUNING_EPOCHS
 from ffw_fast.leakage import leakage
 from ffw_fast.progress import Progress
 from ffw_fast.run_lock import locked
@@ -100,7 +101,7 @@ def _compare(request: Request, seeds: list[int], settings: list[Setting], progre
             seconds = time.perf_counter() - started if made.seconds is None else made.seconds
             network = made.network
             row = leakage(network, ours.settings, splits, made.sparsity)
-            row |= {"seconds": seconds, "epochs": made.epochs, "needs": made.needs}
+            row |= {"seconds": seconds, "epochs": made.epochs, "steps": made.steps, "needs": made.needs}
             done.append({"seed": seed, **row, "macs": compacted_macs(network, splits.test.x)})
             comparison.write(path)
         shutil.rmtree(ours.out / UNDER_WAY, ignore_errors=True)
@@ -137,7 +138,7 @@ def _identity(request: Request) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Made:
-    """What a method gave: the network, its sparsity, the epochs that it took, and the data that it needed.
+    """What a method gave: the network, its sparsity, the epochs and steps that it took, and the data that it needed.
 
     The seconds are those of an extraction, which may have been cut off and continued; None for the time that it took
     to make the network just now.
@@ -146,6 +147,7 @@ class Made:
     network: nn.Module
     sparsity: float = 0.0
     epochs: int = 0
+    steps: int = 0
     needs: str = "biased"
     seconds: float | None = None
 
@@ -156,12 +158,13 @@ def _methods(
     """Every method by name, and how its network is made. Baselines get the same validation set."""
     base: Settings = request.settings
     train, val = splits.train, splits.val
-    epochs = max(1, BASELINE_STEPS // -(-len(train.y) // base.batch_size))
+    steps = base.steps_of(len(train.y))
+    epochs = max(1, BASELINE_STEPS // steps)
 
     unbiased = f"{len(train.y)} + {len(val.y)} unbiased"
 
     def trained(function: Callable[..., nn.Module], model: Callable[[], nn.Module]) -> Made:
-        return Made(function(model(), train, val, base, epochs), 0.0, epochs, unbiased)
+        return Made(function(model(), train, val, base, epochs), 0.0, epochs, epochs * steps, unbiased)
 
     yield "vanilla", lambda: Made(vanilla())
     for share in MAGNITUDE_SPARSITIES:
@@ -223,17 +226,18 @@ class _Extracted:
         )
 
     def pruned(self) -> Made:
-        return self._made(self.found.model(self.best), self.found.metrics["seconds"])
+        return self._made(self.found.model(self.best), self.found.metrics["seconds"], 0)
 
     def tuned(self) -> Made:
         found = self.found
         started = time.perf_counter()
         network = found.finetune(self.task.train, self.task.val, best=self.best)
-        return self._made(network, time.perf_counter() - started)
+        return self._made(network, time.perf_counter() - started, TUNING_EPOCHS)
 
-    def _made(self, network: nn.Module, seconds: float) -> Made:
-        masks = self.found.best_masks if self.best else self.found.masks
-        return Made(network, sparsity(masks), len(self.found.history), self.needs, seconds)
+    def _made(self, network: nn.Module, seconds: float, tuning_epochs: int) -> Made:
+        masks, epochs = self.found.best_masks if self.best else self.found.masks, len(self.found.history)
+        steps = (epochs + tuning_epochs) * self.task.settings.steps_of(len(self.task.train.y))
+        return Made(network, sparsity(masks), epochs, steps, self.needs, seconds)
 
 
 def _by_magnitude(vanilla: Callable[[], nn.Module], share: float) -> Made:

@@ -106,6 +106,7 @@ def cost_columns() -> list[Column]:
         ("sparsity", lambda found: f"{mean(row['sparsity'] for row in found):.2f}"),
         ("MACs", _mean_macs),
         ("epochs", lambda found: f"{mean(row['epochs'] for row in found):.0f}"),
+        ("steps", lambda found: f"{mean(row['steps'] for row in found):.0f}"),
         ("seconds", lambda found: f"{mean(row['seconds'] for row in found):.0f}"),
         ("labelled data", lambda found: found[0].get("needs", "-")),
     ]

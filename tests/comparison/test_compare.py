@@ -162,6 +162,12 @@ def test_compare_keeps_what_is_done_and_shows_every_method(tmp_path, capsys, mon
         assert rows[0] == first[name][0], "what was there is not computed again"
         assert name in shown
     assert both["BISE"][0]["needs"] == "200 biased, 2000 unbiased to select"
+    steps = {name: rows[0]["steps"] for name, rows in both.items()}
+    assert steps["vanilla"] == steps["magnitude 0.5"] == 0
+    assert steps["BISE"] == 2, "one epoch of the biased set's 200 samples"
+    for name in steps:
+        if name.startswith("FFW"):
+            assert steps[name] == (11 if name.endswith("fine-tuned") else 1)
 
 
 def test_an_extraction_that_was_cut_off_goes_on_where_it_was(tmp_path, monkeypatch):
