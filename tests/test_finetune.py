@@ -154,6 +154,20 @@ def test_bad_settings(found, settings, message):
         found.finetune(samples(40), samples(30, seed=1), **settings)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda x, y, b: (x[:, :5], y, b), r"samples of train and val differ in shape: \(5,\) and \(6,\)"),
+        (lambda x, y, b: (x, y + CLASSES, b), "y holds label 5, but the model has 3 classes"),
+        (lambda x, y, b: (x, y, b + CLASSES), "train: b holds label 5, but num_bias_classes is 3"),
+        (lambda x, y, b: (x[:0], y[:0], b[:0]), "train is empty"),
+    ],
+)
+def test_data_that_the_extraction_does_not_fit(found, change, message):
+    with pytest.raises(ValueError, match=message):
+        found.finetune(change(*samples(40)), samples(30, seed=1))
+
+
 @pytest.mark.parametrize(("every", "validated"), [(1, [0, 1, 2, 3, 4, 5]), (2, [0, 2, 4, 5]), (9, [0, 5])])
 def test_epochs_between_validations_are_not_measured(found, monkeypatch, every, validated):
     """The start and the last epoch always are."""
