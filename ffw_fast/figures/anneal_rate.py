@@ -38,7 +38,7 @@ def draw(rows: Rows) -> Figure:
             draw_spread(axes, own, "anneal_rate", column, series_color(index), f"gamma {gamma:g}")
         axes.set(xscale="log", xlabel="anneal_rate")
         axes.set_title(title)
-        axes.set_xticks(rates, [f"{rate:g}" for rate in rates], fontsize=8)
+        axes.set_xticks(rates, [_short(rate) for rate in rates], fontsize=8, rotation=45)
         axes.minorticks_off()
     for axes in panels[:2]:
         axes.set_ylim(0, 1.02)
@@ -46,3 +46,9 @@ def draw(rows: Rows) -> Figure:
     label_line(panels[1], rows[0]["chance"], "chance", above=False)
     legend_below(figure, panels[0], columns=4)
     return figure
+
+
+def _short(rate: float) -> str:
+    """``1.25e-5``: as one types it."""
+    mantissa, exponent = f"{rate:e}".split("e")
+    return f"{float(mantissa):g}e{int(exponent)}"
