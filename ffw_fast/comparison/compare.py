@@ -27,12 +27,13 @@ from ffw_fast.comparison.record import RESULTS, Comparison, Rows, read_compariso
 from ffw_fast.data.samples import Inputs, Splits
 from ffw_fast.extract import extract_by
 from ffw_fast.extraction import CONFIG, Extraction, sparsity
+from ffw_fast.files import digest
 from ffw_fast.finetune import EPOCHS as TUNING_EPOCHS
 from ffw_fast.leakage import leakage
 from ffw_fast.progress import Progress
 from ffw_fast.run_lock import locked
 from ffw_fast.run_state import OtherRunError, check_same_run
-from ffw_fast.runs.biased_network import trained_vanilla
+from ffw_fast.runs.biased_network import fingerprint, trained_vanilla
 from ffw_fast.runs.reading import REPORT
 from ffw_fast.runs.request import Request, how_made, identifying_options
 from ffw_fast.runs.run import extraction_task
@@ -68,7 +69,7 @@ def compare(request: Request, seeds: list[int], settings: list[Setting], progres
     computed again, and an extraction that was cut off goes on from its checkpoint.
 
     Raises:
-        OtherRunError: ``compare.json`` is of other data or settings; the differences are listed.
+        OtherRunError: ``compare.json`` is of other settings; the differences are listed. Or of other data.
         OSError: the folder cannot be written, another comparison or run uses it (BlockingIOError), or files are in it
             or in the folder of a seed that a comparison would write over or remove (FileExistsError).
     """
@@ -91,6 +92,8 @@ def _compare(request: Request, seeds: list[int], settings: list[Setting], progre
         ours = replace(request, seed=seed, out=_folder_of(request, seed))
         ours.out.mkdir(parents=True, exist_ok=True)
         splits = request.workload.load(request.data_dir, seed, **request.data_options)
+        data = _fingerprint(splits)
+        _check_data(path, rows, seed, data)
         vanilla = cache(partial(trained_vanilla, ours, splits, progress))  # not where all rows are there
         for name, make in _methods(ours, splits, vanilla, settings, progress):
             done = rows.setdefault(name, [])
@@ -101,7 +104,7 @@ def _compare(request: Request, seeds: list[int], settings: list[Setting], progre
             seconds = time.perf_counter() - started if made.seconds is None else made.seconds
             network = made.network
             row = leakage(network, ours.settings, splits, made.sparsity)
-            row |= {"seconds": seconds, "epochs": made.epochs, "steps": made.steps, "needs": made.needs}
+            row |= {"seconds": seconds, "epochs": made.epochs, "steps": made.steps, "needs": made.needs, "data": data}
             done.append({"seed": seed, **row, "macs": compacted_macs(network, splits.test.x)})
             comparison.write(path)
         shutil.rmtree(ours.out / UNDER_WAY, ignore_errors=True)
@@ -120,6 +123,19 @@ def _kept_rows(path: Path, identity: dict[str, Any]) -> Rows:
     kept = read_comparison(path)
     check_same_run(f"{path} holds another comparison; take another folder", kept.identity, identity)
     return kept.rows
+
+
+def _fingerprint(splits: Splits) -> str:
+    """Of all sets, the biased one by a few of its samples."""
+    biased = "" if splits.vanilla is None else fingerprint(splits.vanilla)
+    return biased + digest(*(part for name in ("train", "val", "test") for part in getattr(splits, name).identity()))
+
+
+def _check_data(path: Path, rows: Rows, seed: int, data: str) -> None:
+    """``OtherRunError`` where rows of this seed are of other data than this, which the folder named may now hold."""
+    before = {row.get("data", data) for found in rows.values() for row in found if row["seed"] == seed}
+    if before - {data}:
+        raise OtherRunError(f"{path} holds a comparison on other data for seed {seed}; take another folder")
 
 
 def _identity(request: Request) -> dict[str, Any]:

@@ -107,11 +107,11 @@ def is_given(request: Request, splits: Splits) -> bool:
 def _record(request: Request, splits: Splits) -> dict[str, Any]:
     """How the biased network came to be."""
     samples = splits.vanilla
-    seen = None if samples is None else {"samples": len(samples.y), "data": _fingerprint(samples)}
+    seen = None if samples is None else {"samples": len(samples.y), "data": fingerprint(samples)}
     return {**vanilla_identity(request), **(seen or {"samples": None})}
 
 
-def _fingerprint(samples: Samples) -> str:
+def fingerprint(samples: Samples) -> str:
     """Of all labels, and of the inputs of a few samples: to read all images of a large set would take minutes."""
     x = samples.x
     rows = torch.linspace(0, len(x) - 1, min(len(x), FINGERPRINT_SAMPLES), device="cpu").long()

@@ -21,9 +21,11 @@ from ffw_fast.comparison.compare import Setting, all_settings, compare
 from ffw_fast.data.samples import Samples
 from ffw_fast.finetune import finetune
 from ffw_fast.progress import Progress
+from ffw_fast.run_state import OtherRunError
 from ffw_fast.runs.request import Request
 from ffw_fast.settings import Settings
 from ffw_fast.workloads import get_workload
+from tests.data.mnist_folder import write_mnist
 from tests.small_images import BOTTLENECK, CLASSES, biased_set, network
 
 
@@ -198,6 +200,21 @@ def test_an_extraction_that_was_cut_off_goes_on_where_it_was(tmp_path, monkeypat
     assert rest.seen == [3]
     assert again == rows(tmp_path / "whole", Progress())
     assert not (tmp_path / "cut" / "seed-1" / "under-way").exists()
+
+
+def test_other_data_in_the_same_folder_are_no_part_of_the_table(tmp_path, monkeypatch):
+    monkeypatch.setattr("ffw_fast.comparison.compare.BASELINE_STEPS", 1)
+    digits = tmp_path / "digits"
+    write_mnist(digits, train=60, test=60)
+    workload = get_workload("multi-color-mnist")
+    options = {"train_size": 60, "second_division": False}
+    asked = Request(workload, tmp_path / "out", data_dir=str(digits), data_options=options, vanilla_epochs=1)
+    first = compare(asked, [1], [], Progress())["vanilla"]
+    shutil.rmtree(digits)
+    write_mnist(digits, train=70, test=70)
+    with pytest.raises(OtherRunError, match=r"compare\.json holds a comparison on other data for seed 1"):
+        compare(asked, [1], [], Progress())
+    assert json.loads((tmp_path / "out" / "compare.json").read_text())["methods"]["vanilla"] == first
 
 
 def test_a_checkpoint_of_another_version_is_begun_anew(tmp_path, monkeypatch):
