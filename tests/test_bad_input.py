@@ -10,8 +10,9 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from ffw_fast import heads, modules, reference
+from ffw_fast import heads, reference
 from ffw_fast.extract import extract
+from ffw_fast.masking import mask_model
 from tests.six_features import CLASSES, arguments, network, samples
 
 EXTRACTIONS = [extract, reference.extract]
@@ -106,7 +107,7 @@ def changed(tensor, value):
         ({"train": (X[:, :5], Y, B), "val": (X[:, :5], Y, B)}, r"the model fails on samples x of shape \(2, 5\)"),
         ({"train": "a folder"}, "train must be tensors .* got str"),
         ({"model": nn.Sequential(nn.ReLU())}, "nothing to mask: Sequential has no Conv or Linear layer"),
-        ({"model": modules.mask_model(network())}, "layers 'fc1', 'classifier' are masked already"),
+        ({"model": mask_model(network())}, "layers 'fc1', 'classifier' are masked already"),
         ({"model": network().half()}, "layer 'fc1' is torch.float16, but scores are learned in float32 or float64"),
         ({"device": "tpu9"}, "cannot run on device 'tpu9'"),
         ({"device": "hpu"}, "cannot run on device 'hpu'"),
