@@ -3,7 +3,8 @@
 import argparse
 import os
 import sys
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,11 +22,12 @@ from ffw_fast.cli.pages import tell_report
 from ffw_fast.cli.run import parse_run
 from ffw_fast.progress import make_progress
 from ffw_fast.run_lock import locked
+from ffw_fast.runs.reading import RunFolder
 from ffw_fast.runs.writing import check_folder
 from ffw_fast.sweep.early_stopping import METRICS, SCHEDULERS, RayTune
 from ffw_fast.sweep.engines import Engine, LocalProcesses, RayCluster
 from ffw_fast.sweep.grid import accept_grids, combinations
-from ffw_fast.sweep.table import TABLE, failed_trials, finished_trials, sweep_lines
+from ffw_fast.sweep.table import TABLE, Row, failed_trials, finished_trials, sweep_lines, warning_trials
 from ffw_fast.sweep.trials import Trial, sweep, trial_name
 from ffw_fast.tables import print_table
 from ffw_fast.workloads import WORKLOADS
@@ -84,10 +86,20 @@ def _run_sweep(options: argparse.Namespace) -> int:
     if finished_trials(rows):
         print_table(sweep_lines(rows, workload.bias_names).as_table())
         tell_report(out)
+        _warn_of_runs(out, rows)
     print(f"table of all settings: {out / TABLE}")
     for row in failed:
         print(f"ffw-fast: error: {row['trial']}: {row['status']}", file=sys.stderr)
     return 2 if failed else 0
+
+
+def _warn_of_runs(out: Path, rows: Sequence[Row]) -> None:
+    """Of what the first run that warns did; all is in the runs' folders and on their pages."""
+    if warning := warning_trials(rows):
+        first = warning[0]["trial"]
+        text = RunFolder(out / first).metrics["warnings"][0]
+        others = f" ({len(warning)} of {len(finished_trials(rows))} runs warn of something)"
+        warnings.warn(f"{first}: {text}{others}", stacklevel=1)
 
 
 def _trial(out: Path, workload: str, varied: dict[str, Any], arguments: list[str]) -> Trial:

@@ -5,7 +5,15 @@ from pathlib import Path
 from ffw_fast.figures import figure_module
 from ffw_fast.report.page import Picture, asked, origin, picture, render
 from ffw_fast.runs.reading import REPORT, find_runs
-from ffw_fast.sweep.table import TABLE, failed_trials, finished_trials, read_sweep, sweep_lines, varied_options
+from ffw_fast.sweep.table import (
+    TABLE,
+    failed_trials,
+    finished_trials,
+    read_sweep,
+    sweep_lines,
+    varied_options,
+    warning_trials,
+)
 
 WITHIN = {"seed", "schedule"}  # what any figure of sweeps shows besides
 FIGURES = {  # figure: its title, and the options that it can show; with others it would average over them
@@ -34,6 +42,7 @@ def sweep_page(path: Path) -> str:
         varied=varied,
         finished=len(finished),
         failed=failed_trials(trials),
+        warning=warning_trials(trials),
         chance=run.chance,
         outcome=sweep_lines(trials, run.bias_names),
         pictures=pictures(folders, varied),

@@ -67,6 +67,11 @@ def failed_trials(rows: Sequence[Row]) -> list[Row]:
     return [row for row in rows if row["status"] not in (FINISHED, NOT_RUN) and not row["status"].startswith(STOPPED)]
 
 
+def warning_trials(rows: Sequence[Row]) -> list[Row]:
+    """Those finished whose runs warn of something."""
+    return [row for row in finished_trials(rows) if row.get("warnings")]
+
+
 def sweep_lines(rows: Sequence[Row], bias_names: Sequence[str]) -> Lines:
     """One line for each setting but the seed: mean and standard deviation of the best networks of its seeds."""
     varied = [name for name in varied_options(rows) if name != "seed"]

@@ -148,4 +148,5 @@ def _row(trial: Trial, status: str) -> Row:
             row[f"{network}_bias_accuracy_{index + 1}"] = measured["bias_accuracy"][index]
             row[f"{network}_bias_mi_{index + 1}"] = measured["bias_mi"][index]
         row[f"{network}_sparsity"] = measured["sparsity"]
-    return {**row, "epochs": metrics["epochs"], "seconds": metrics["seconds"]}
+    row |= {"epochs": metrics["epochs"], "seconds": metrics["seconds"]}
+    return row | {"warnings": len(metrics.get("warnings", []))}

@@ -134,7 +134,7 @@ def test_a_sweep_has_a_page_with_its_settings_and_its_figure(sweep, capsys):
     assert [line[:3] for line in settings] == [["gamma", "seeds", "task accuracy"], ["1", "2", "0.150 ± 0.071"],
         ["10", "1", "0.100"]]  # fmt: skip
     assert [line[0] for line in runs[1:]] == [f"gamma-{gamma}_seed-{seed}" for gamma in (1, 10) for seed in (1, 2)]
-    assert runs[-1][1:] == ["–"] * 4
+    assert runs[-1][1:] == ["–"] * 5
     assert "Over gamma" in page
     for link in re.findall(r'href="([^"#:]+)"', page):
         assert (sweep / link).is_file()

@@ -93,11 +93,17 @@ def test_bad_settings_end_the_sweep_before_any_work(tmp_path, in_this_process, c
     assert in_this_process == []
 
 
-def test_a_sweep_over_a_rate_that_its_schedule_does_not_have(tmp_path, digits, in_this_process):
-    """It has its page, without a figure of what changed nothing; each of its runs warns."""
+def test_a_sweep_over_a_rate_that_its_schedule_does_not_have(tmp_path, digits, in_this_process, capsys):
+    """It has its page, without a figure of what changed nothing; its runs warn, and so does the sweep."""
     rates = ["--schedule", "published", "--anneal-rate", "1e-4,2e-4"]
     assert main(["sweep", "multi-color-mnist", "--out", str(tmp_path), *settings(digits), *rates, "--quiet"]) == 0
-    assert (tmp_path / "report.html").exists()
+    warning = capsys.readouterr().err
+    assert "warning: anneal_rate-0.0001: the biased network's accuracy on unbiased samples is at chance" in warning
+    assert "(2 of 2 runs warn of something)" in warning
+    first, second = (int(row["warnings"]) for row in table(tmp_path))
+    assert second == first + 1, "of the rate"
+    page = (tmp_path / "report.html").read_text()
+    assert "2 of 2 runs warn: anneal_rate-0.0001, anneal_rate-0.0002." in page
     assert "anneal_rate=0.0002 changes nothing" in (tmp_path / "anneal_rate-0.0002" / "metrics.json").read_text()
 
 
