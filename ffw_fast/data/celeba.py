@@ -62,9 +62,9 @@ def celeba(
 
     Args:
         data_dir: folder that holds ``celeba/`` in its publishers' layout.
-        seed: which images of a group are taken, and the order of all.
+        seed: which images of a group are taken, and in which order; of the vanilla set, which are taken.
         image_size: height and width in pixels, from 32 to 224.
-        train_size: images of the vanilla set, taken at random.
+        train_size: images of the vanilla set, taken at random; by default all.
         cache_dir: folder for decoded images that do not fit into memory; by default ``ffw_fast-cache`` beside them.
 
     Raises:
@@ -79,7 +79,8 @@ def celeba(
     listing = _read_listing(folder)
     rows = {part: (listing.part == part).nonzero().flatten() for part in (TRAIN, VALID, TEST)}
     vanilla = _shuffled(rows[TRAIN], seed, "CelebA training images")
-    vanilla = vanilla[: check_count("train_size", train_size, len(vanilla), most=len(vanilla))]
+    size = check_count("train_size", train_size, len(vanilla), most=len(vanilla))
+    vanilla = vanilla[:size].sort().values  # as they are listed, so that all seeds share one file of decoded images
     unbiased = _balanced(listing, rows[VALID], seed, "valid")
     cut = round(0.6 * len(unbiased))
     cache = cache_folder(cache_dir, folder)

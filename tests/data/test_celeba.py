@@ -66,9 +66,18 @@ def test_the_seed_decides(folder):
     first, again, other = (celeba(folder, seed=seed, **SMALL) for seed in (1, 1, 2))
     assert torch.equal(first.train.x.images, again.train.x.images)
     assert not torch.equal(first.train.x.images, other.train.x.images)
-    few = celeba(folder, seed=1, train_size=3, **SMALL)
-    assert torch.equal(few.vanilla.x.images, first.vanilla.x.images[:3])
+    few, others = (celeba(folder, seed=seed, train_size=3, **SMALL) for seed in (1, 2))
+    assert not torch.equal(few.vanilla.x.images, others.vanilla.x.images)
     assert torch.equal(few.test.x.images, first.test.x.images)
+
+
+def test_all_seeds_share_the_decoded_images_of_the_vanilla_set(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("ffw_fast.data.image_files.memory_budget", lambda: 0)
+    first, second = (celeba(folder, seed=seed, cache_dir=str(tmp_path / "cache"), **SMALL) for seed in (1, 2))
+    first.vanilla.x.decode()
+    monkeypatch.setattr("ffw_fast.data.image_files._decode", lambda *_: pytest.fail("decoded again"))
+    assert torch.equal(first.vanilla.x.images, second.vanilla.x.images)
+    assert torch.equal(first.vanilla.y, second.vanilla.y)
 
 
 def test_images_that_do_not_fit_are_decoded_once_into_a_file(folder, tmp_path, monkeypatch):
