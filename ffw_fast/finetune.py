@@ -2,12 +2,12 @@
 
 import copy
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from ffw_fast.bise import BiasedObjective
 from ffw_fast.bottleneck import AtBottleneck, bottleneck_module
@@ -16,7 +16,7 @@ from ffw_fast.convolutions import cheapest_convolutions
 from ffw_fast.copies import copy_of
 from ffw_fast.data.samples import EVALUATION_BATCH, Inputs, Samples, batches_of
 from ffw_fast.heads import PrivateHeads
-from ffw_fast.inputs import prepare
+from ffw_fast.inputs import Problem, prepare
 from ffw_fast.measure import accuracy
 from ffw_fast.modes import training_modes
 from ffw_fast.objective import Objective, objective
@@ -71,43 +71,57 @@ def finetune(
     check_integer("validate_every", validate_every, 1)
     val_is_given = val is not None
     problem = prepare(model, train, val, settings).to(next(model.parameters()).device)
-    train, val = problem.train, problem.val
     network = copy_of(model).eval().requires_grad_(False)
-    opened, hooks = _open(network, masks)
-    if from_scratch:
-        opened = list(network.requires_grad_(True).parameters())
-    optimizer = torch.optim.Adam(opened, lr)
-    heads = PrivateHeads.of(settings, train, problem.width)
-    reader = _Reader(network, settings.bottleneck)
-    loss = _loss(settings, gamma, train, reader)
-    with cheapest_convolutions(network, train.x[:2]):
-        best, best_accuracy = copy.deepcopy(network.state_dict()), reader.accuracy(val)
+    with ExitStack() as hooks:
+        opened = _open(network, masks, hooks)
+        if from_scratch:
+            opened = list(network.requires_grad_(True).parameters())
+        reader = _Reader(network, settings.bottleneck, hooks)
+        training = _Training(problem, reader, torch.optim.Adam(opened, lr), gamma)
+        hooks.enter_context(cheapest_convolutions(network, problem.train.x[:2]))
+        best, best_accuracy = copy.deepcopy(network.state_dict()), reader.accuracy(problem.val)
         for epoch in range(epochs):
-            if gamma > 0:
-                heads.fit_on(train, reader.features, settings.cache_augmented)
-            rows = epoch_order(len(train.y), settings.seed, FINETUNE_ORDERS, epoch)
-            network.train(from_scratch)
-            for x, y, b in train.batches(rows, settings.batch_size):
-                if from_scratch and len(y) == 1:
-                    continue
-                optimizer.zero_grad()
-                features, logits = reader(x)
-                loss(logits, y, heads.logits(features.detach()), b).backward(logits, features, heads)
-                optimizer.step()
-                if gamma > 0:  # after the backward pass, which reads the heads as they were
-                    heads.step(features, b)
-            network.eval()
+            training.epoch(epoch, from_scratch)
             if (epoch + 1) % validate_every and epoch + 1 < epochs:
                 continue
-            reached = reader.accuracy(val)
+            reached = reader.accuracy(problem.val)
             if reached > best_accuracy or not val_is_given:
                 best, best_accuracy = copy.deepcopy(network.state_dict()), reached
     network.load_state_dict(best)
-    for hook in (reader.hook, *hooks):
-        hook.remove()
     for ours, theirs in zip(network.parameters(), model.parameters(), strict=True):
         ours.requires_grad_(theirs.requires_grad)
     return network
+
+
+class _Training:
+    """Trains what the optimizer holds, and private heads beside it where gamma is above 0."""
+
+    def __init__(self, problem: Problem, reader: "_Reader", optimizer: torch.optim.Optimizer, gamma: float) -> None:
+        self._samples, self._settings, self._gamma = problem.train, problem.settings, gamma
+        self._reader, self._optimizer = reader, optimizer
+        self._heads = PrivateHeads.of(problem.settings, problem.train, problem.width)
+        self._loss = _loss(problem.settings, gamma, problem.train, reader)
+
+    def epoch(self, number: int, in_training_mode: bool) -> None:
+        """One pass over the samples; the network is in eval mode before and after it."""
+        settings, network = self._settings, self._reader.network
+        if self._gamma > 0:
+            self._heads.fit_on(self._samples, self._reader.features, settings.cache_augmented)
+        network.train(in_training_mode)
+        rows = epoch_order(len(self._samples.y), settings.seed, FINETUNE_ORDERS, number)
+        for x, y, b in self._samples.batches(rows, settings.batch_size):
+            if len(y) > 1 or not in_training_mode:
+                self._step(x, y, b)
+        network.eval()
+
+    def _step(self, x: Tensor, y: Tensor, b: Tensor) -> None:
+        self._optimizer.zero_grad()
+        features, logits = self._reader(x)
+        losses = self._loss(logits, y, self._heads.logits(features.detach()), b)
+        losses.backward(logits, features, self._heads)
+        self._optimizer.step()
+        if self._gamma > 0:  # after the backward pass, which reads the heads as they were
+            self._heads.step(features, b)
 
 
 def _loss(
@@ -120,10 +134,9 @@ def _loss(
     return lambda logits, y, head_logits, b: objective(logits, y, head_logits, b, settings.alpha, gamma)
 
 
-def _open(network: nn.Module, masks: dict[str, Tensor]) -> tuple[list[nn.Parameter], list[RemovableHandle]]:
-    """Let the masked layers' weights and biases be trained; the opened parameters, and hooks that keep pruned ones."""
+def _open(network: nn.Module, masks: dict[str, Tensor], hooks: ExitStack) -> list[nn.Parameter]:
+    """Let the masked layers' weights and biases be trained; the opened parameters. The hooks keep pruned ones at 0."""
     opened: list[nn.Parameter] = []
-    hooks: list[RemovableHandle] = []
     for name, mask in masks.items():
         layer: Any = network.get_submodule(name)
         for parameter in layer.parameters(recurse=False):
@@ -132,19 +145,19 @@ def _open(network: nn.Module, masks: dict[str, Tensor]) -> tuple[list[nn.Paramet
         kept = mask.to(layer.weight.device)
         if kept.dim() == 1:
             if layer.bias is not None:
-                hooks.append(layer.bias.register_hook(lambda grad, kept=kept: grad * kept))
+                hooks.enter_context(layer.bias.register_hook(lambda grad, kept=kept: grad * kept))
             kept = kept.view(-1, *[1] * (layer.weight.dim() - 1))
-        hooks.append(layer.weight.register_hook(lambda grad, kept=kept: grad * kept))
-    return opened, hooks
+        hooks.enter_context(layer.weight.register_hook(lambda grad, kept=kept: grad * kept))
+    return opened
 
 
 class _Reader:
     """Runs a network and keeps what its bottleneck gives."""
 
-    def __init__(self, network: nn.Module, bottleneck: str) -> None:
+    def __init__(self, network: nn.Module, bottleneck: str, hooks: ExitStack) -> None:
         self.network = network
         self._at_bottleneck = AtBottleneck()
-        self.hook = bottleneck_module(network, bottleneck).register_forward_hook(self._at_bottleneck)
+        hooks.enter_context(bottleneck_module(network, bottleneck).register_forward_hook(self._at_bottleneck))
 
     def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Features (n, D) and logits (n, C), in the heads' float32 whatever the network's dtype."""
