@@ -169,18 +169,8 @@ def split_before(model: nn.Module, first: type[nn.Module], bottleneck: str) -> t
     inputs = [node for node in graph.nodes if node.op == "placeholder"]
     if given.op == "placeholder" or len(inputs) != 1:
         return None
-    front = fx.Graph()
-    copies: dict[fx.Node, fx.Node] = {}
-    for before in graph.nodes:
-        copies[before] = front.node_copy(before, copies.__getitem__)
-        if before is given:
-            break
-    front.output(copies[given])
-    with graph.inserting_before(inputs[0]):
-        given.replace_all_uses_with(graph.placeholder("frozen"))
-    for before in reversed(copies):
-        if not before.users and before.op != "placeholder":
-            graph.erase_node(before)  # also one that works in place: its part is done
+    front = _up_to(graph, given)
+    _begin_with(graph, given)
     head, rest = (_without_dead_code(fx.GraphModule(model, part)) for part in (front, graph))
     left = [node for node in rest.graph.nodes if node.op == "placeholder"]
     if left[1].users or bottleneck not in {str(node.target) for node in rest.graph.nodes if node.op == "call_module"}:
@@ -188,6 +178,27 @@ def split_before(model: nn.Module, first: type[nn.Module], bottleneck: str) -> t
     rest.graph.erase_node(left[1])
     rest.recompile()
     return head.eval(), rest.eval()
+
+
+def _up_to(graph: fx.Graph, last: fx.Node) -> fx.Graph:
+    """A copy of the graph that ends with a node and gives its value."""
+    front, copies = fx.Graph(), dict[fx.Node, fx.Node]()
+    for node in graph.nodes:
+        copies[node] = front.node_copy(node, copies.__getitem__)
+        if node is last:
+            break
+    front.output(copies[last])
+    return front
+
+
+def _begin_with(graph: fx.Graph, given: fx.Node) -> None:
+    """Let an input, the first, stand for a node's value; what comes before it and is not read otherwise goes."""
+    nodes = list(graph.nodes)
+    with graph.inserting_before(nodes[0]):
+        given.replace_all_uses_with(graph.placeholder("frozen"))
+    for before in reversed(nodes[: nodes.index(given) + 1]):
+        if not before.users and before.op != "placeholder":
+            graph.erase_node(before)  # also one that works in place: its part is done
 
 
 def _without_dead_code(module: fx.GraphModule) -> fx.GraphModule:
