@@ -129,11 +129,15 @@ FFW_HD FFW_INLINE T inverse_temperature(float temperature) {
 
 // Exponential and logarithm -----------------------------------------------------------------------------------------
 
-// exp(x) by additions and multiplications in a fixed order, to about one unit in the last place on [-87, 88] and
-// clamped outside; NaN stays NaN. Operation by operation the one of gates.py.
-FFW_HD FFW_INLINE float reproducible_exp(float x) {
-  x = x < -87.0f ? -87.0f : x;  // a comparison with NaN is false and keeps it
-  x = x > 88.0f ? 88.0f : x;
+// Between these the exponential is a normal number; both are those of gates.py.
+template <typename T>
+constexpr T lowest_exponent = sizeof(T) == sizeof(float) ? -87 : -708;
+template <typename T>
+constexpr T highest_exponent = sizeof(T) == sizeof(float) ? 88 : 709;
+
+// exp(x) of x between them by additions and multiplications in a fixed order, to about one unit in the last place; NaN
+// stays NaN. Operation by operation the one of gates.py.
+FFW_HD FFW_INLINE float exp_within(float x) {
   // Adding 1.5 * 2^23 leaves the nearest integer (ties to even) in the low bits of the sum.
   const float shift = 12582912.0f;
   const float shifted = add(multiply(x, 1.44269504088896341f), shift);
@@ -151,11 +155,9 @@ FFW_HD FFW_INLINE float reproducible_exp(float x) {
   return multiply(value, bits_as<float>((integer + 127u) << 23));
 }
 
-// The same in double precision, clamped to [-708, 709]. The PyTorch kernels use the library's exponential here: its
-// last bit may differ, which no sampled mask will notice.
-FFW_HD FFW_INLINE double reproducible_exp(double x) {
-  x = x < -708.0 ? -708.0 : x;
-  x = x > 709.0 ? 709.0 : x;
+// The same in double precision. The PyTorch kernels use the library's exponential here: its last bit may differ, which
+// no sampled mask will notice.
+FFW_HD FFW_INLINE double exp_within(double x) {
   const double shift = 6755399441055744.0;  // 1.5 * 2^52
   const double shifted = x * 1.44269504088896340736 + shift;
   const double exponent = shifted - shift;
@@ -177,14 +179,18 @@ FFW_HD FFW_INLINE double reproducible_exp(double x) {
   return value * bits_as<double>((integer + 1023u) << 52);
 }
 
-// Below its negative reproducible_exp is clamped.
+// exp(x), of the nearest x that has a normal one.
 template <typename T>
-constexpr T largest_exponent = sizeof(T) == sizeof(float) ? 87 : 708;
+FFW_HD FFW_INLINE T reproducible_exp(T x) {
+  x = x < lowest_exponent<T> ? lowest_exponent<T> : x;  // a comparison with NaN is false and keeps it
+  x = x > highest_exponent<T> ? highest_exponent<T> : x;
+  return exp_within(x);
+}
 
-// exp(x) for x <= 0 where nothing is compared: 0 below the clamp.
+// exp(x) for x <= 0 where nothing is compared: 0 where it is no normal number.
 template <typename T>
 FFW_HD FFW_INLINE T decay(T x) {
-  return x < -largest_exponent<T> ? T(0) : reproducible_exp(x);
+  return x < lowest_exponent<T> ? T(0) : exp_within(x);
 }
 
 // A normal positive x as rest * 2^exponent, the rest in [sqrt(1/2), sqrt(2)).
@@ -307,22 +313,6 @@ FFW_HD FFW_INLINE float uniform_of_element(const Draw& draw, int64_t element) {
 // Gates -------------------------------------------------------------------------------------------------------------
 // m: score, inverse: 1 / T, u: uniform number, read by the random kinds only.
 
-// g: the gate itself.
-template <Kind kind, typename T>
-FFW_HD FFW_INLINE T gate_value(T m, T inverse, T u) {
-  if constexpr (kind == Kind::ffw) {
-    // Where m >= 0 the gate is 1 exactly; below, this is the exponential of the slope, computed once for both.
-    const T exponential = decay(-absolute(m * inverse));
-    return m >= 0 ? T(1) : quotient(2 * exponential, 1 + exponential);
-  } else if constexpr (kind == Kind::hard) {
-    return m >= 0 ? T(1) : T(0);
-  } else if constexpr (kind == Kind::bernoulli) {  // u < 1 / (1 + exp(-m/T))
-    return multiply(u, add(T(1), reproducible_exp(-multiply(m, inverse)))) < 1 ? T(1) : T(0);
-  } else {  // m + log(u / (1 - u)) >= 0
-    return u >= multiply(1 - u, reproducible_exp(-m)) ? T(1) : T(0);
-  }
-}
-
 // What the backward's sigmoid is taken of, before the division by T.
 template <Kind kind, typename T>
 FFW_HD FFW_INLINE T gate_argument(T m, T u) {
@@ -331,6 +321,38 @@ FFW_HD FFW_INLINE T gate_argument(T m, T u) {
   } else {
     return m;
   }
+}
+
+// What costs most of a gate, and what its movement is computed of, too.
+template <Kind kind, typename T>
+FFW_HD FFW_INLINE T gate_stem(T m, T inverse, T u) {
+  if constexpr (kind == Kind::ffw) {  // the gate where m < 0, of the exponential that its slope has, too
+    const T exponential = decay(-absolute(m * inverse));
+    return quotient(2 * exponential, 1 + exponential);
+  } else if constexpr (kind == Kind::bernoulli) {
+    return reproducible_exp(-multiply(m, inverse));
+  } else {
+    return gate_argument<kind>(m, u);
+  }
+}
+
+template <Kind kind, typename T>
+FFW_HD FFW_INLINE T gate_of_stem(T stem, T m, T u) {
+  if constexpr (kind == Kind::ffw) {
+    return m >= 0 ? T(1) : stem;
+  } else if constexpr (kind == Kind::hard) {
+    return m >= 0 ? T(1) : T(0);
+  } else if constexpr (kind == Kind::bernoulli) {  // u < 1 / (1 + exp(-m/T))
+    return multiply(u, add(T(1), stem)) < 1 ? T(1) : T(0);
+  } else {  // m + log(u / (1 - u)) >= 0
+    return u >= multiply(1 - u, reproducible_exp(-m)) ? T(1) : T(0);
+  }
+}
+
+// g: the gate itself.
+template <Kind kind, typename T>
+FFW_HD FFW_INLINE T gate_value(T m, T inverse, T u) {
+  return gate_of_stem<kind>(gate_stem<kind>(m, inverse, u), m, u);
 }
 
 // dg/dm of an argument: s (1 - s) / T, doubled for ffw, accurate in both tails.
@@ -349,20 +371,21 @@ FFW_HD FFW_INLINE T gate_slope(T m, T inverse, T u) {
 }
 
 // |dg / d ln T|: how far the gate moves as the temperature falls; zero where the forward of ffw is clipped.
-// Written so that where gate_value of the same score is computed, too, the two share exponential and quotient.
+template <Kind kind, typename T>
+FFW_HD FFW_INLINE T movement_of_stem(T stem, T m, T inverse) {
+  if constexpr (kind == Kind::ffw) {  // 2 s (1 - s) = g (2 - g) / 2
+    return m < 0 ? (stem - 2) * stem * (inverse / 2) * m : T(0);
+  } else if constexpr (kind == Kind::bernoulli) {  // 1 - s = exp(-m/T) s; either may be too small to be squared
+    const T x = multiply(m, inverse), s = quotient(T(1), add(T(1), stem));
+    return -absolute(x) < lowest_exponent<T> ? T(0) : stem * s * s * absolute(x);
+  } else {
+    return absolute(slope_of_argument<kind>(stem, inverse) * stem);
+  }
+}
+
 template <Kind kind, typename T>
 FFW_HD FFW_INLINE T gate_movement(T m, T inverse, T u) {
-  if constexpr (kind == Kind::ffw) {  // 2 s (1 - s) = g (1 - g / 2)
-    const T g = gate_value<kind>(m, inverse, u);
-    return m < 0 ? (g / 2 - 1) * g * inverse * m : T(0);
-  } else if constexpr (kind == Kind::bernoulli) {  // 1 - s = exp(-m/T) s; either may be too small to be squared
-    const T x = multiply(m, inverse), exponential = reproducible_exp(-x);
-    const T s = quotient(T(1), add(T(1), exponential));
-    return absolute(x) > largest_exponent<T> ? T(0) : exponential * s * s * absolute(x);
-  } else {
-    const T argument = gate_argument<kind>(m, u);
-    return absolute(slope_of_argument<kind>(argument, inverse) * argument);
-  }
+  return movement_of_stem<kind>(gate_stem<kind>(m, inverse, u), m, inverse);
 }
 
 // Adam --------------------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from ffw_fast.distributed import Alone
 from ffw_fast.flat_layout import FlatLayout
 from ffw_fast.gates import GateKind, gate_movement, half_open_sum
 
+OPEN = 1e6  # a score at which gates of any kind are open, with a slope of 0
 BLOCK = 2**18  # gates that a pass over the flat buffers takes at a time, where it needs memory for as many
 
 
@@ -58,14 +59,17 @@ class FlatGates(FlatLayout):
             self.gated.data[part] = self._gated(part, torch.zeros_like(weight))
         self.own = self._group.own(len(self.weight))
         self.scores = torch.zeros_like(self.weight[self.own])
-        starts = [part.start for part in self._slices.values()]
-        ends = [
-            torch.arange(part.stop, end, device="cpu")
-            for part, end in zip(self._slices.values(), [*starts[1:], self.length], strict=True)
-        ]
-        padding = torch.cat(ends)
-        own = (padding >= self.own.start) & (padding < self.own.stop)
-        self._padding = padding[own].to(example.device)
+        self._keep_padding_open()
+
+    def _keep_padding_open(self) -> None:
+        """Give what lies between the layers scores at which a gate moves neither with its score nor with T.
+
+        Kernels run over it as over all gates. A gate of kind ``concrete`` would move with T where its score is 0.
+        """
+        starts, length = [part.start for part in self._slices.values()], len(self.scores)
+        for part, end in zip(self._slices.values(), [*starts[1:], self.length], strict=True):
+            first, last = (min(max(0, place - self.own.start), length) for place in (part.stop, end))
+            self.scores[first:last] = OPEN
 
     @property
     def count(self) -> int:
@@ -77,7 +81,7 @@ class FlatGates(FlatLayout):
         removed = torch.zeros((), dtype=torch.float64, device=self.scores.device)
         for _part, scores in self._blocks(self.scores):
             removed += (scores + shift < 0).sum()
-        return self.total_(removed).item() / self.count  # the padding's scores are 0
+        return self.total_(removed).item() / self.count  # the padding is open
 
     def half_open(self) -> float:
         """Mean distance of the gates from being open or shut, ``ffw_fast.gates.half_open``."""
@@ -155,18 +159,6 @@ class FlatGates(FlatLayout):
             if self.kind.is_random:
                 uniform = philox.uniform(len(scores), self.draw_from(self.draw, part.start)).to(scores.dtype)
             self.movement += gate_movement(self.kind, scores, self.temperature, uniform).sum(dtype=torch.float64)
-        self.leave_out_padding()
-
-    @torch.no_grad()
-    def leave_out_padding(self) -> None:
-        """Take the padding's part out of the movement of the own gates, over which kernels sum as over all others.
-
-        It is 0 but for ``concrete``, whose gates also move where the score is 0.
-        """
-        if self.kind is GateKind.CONCRETE:
-            uniform = philox.uniform_at(self._padding, self.draw).to(self.scores.dtype)
-            moved = gate_movement(self.kind, torch.zeros_like(uniform), self.temperature, uniform)
-            self.movement.sub_(moved.sum(dtype=torch.float64)).clamp_(min=0)  # kernels round the same sum otherwise
 
     def set_temperature(self, temperature: float) -> None:
         """Set T and recompute the gated weights."""

@@ -202,7 +202,6 @@ class GatedAdam(GatedOptimizer):
         flat.temperature.copy_(next_temperature)
         flat.draw.copy_(next_draw)
         if annealing:
-            flat.leave_out_padding()
             flat.total_(flat.movement)
 
     def start(self) -> None:

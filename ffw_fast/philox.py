@@ -27,16 +27,7 @@ def make_draw(seed: int = 0, number: int = 0, first_element: int = 0, device: to
 def uniform(count: int, draw: Tensor) -> Tensor:
     """``count`` float32 numbers in (0, 1): the odd multiples of ``2**-24``, so that ``u`` and ``1 - u`` are exact."""
     blocks = torch.arange((count + 3) // 4, dtype=torch.int64, device=draw.device) + draw[2] // 4
-    return _in_unit_interval(philox4x32(blocks, draw[1], draw[0]).flatten()[:count])
-
-
-def uniform_at(elements: Tensor, draw: Tensor) -> Tensor:
-    """The numbers of some elements, int64 (k,), among those that ``uniform`` gives for the same draw."""
-    words = philox4x32(elements // 4 + draw[2] // 4, draw[1], draw[0])
-    return _in_unit_interval(words.gather(1, (elements % 4).unsqueeze(1)).squeeze(1))
-
-
-def _in_unit_interval(words: Tensor) -> Tensor:
+    words = philox4x32(blocks, draw[1], draw[0]).flatten()[:count]
     return ((words >> 9) * 2 + 1).to(torch.float32) * 2.0**-24
 
 

@@ -19,7 +19,7 @@ def make_gates(kind=GateKind.FFW, seed=0, dtype=torch.float64) -> FlatGates:
 
 
 def spread_scores(gates: FlatGates, source: torch.Generator | None = None) -> None:
-    """Draw scores to both sides of 0; the padding between layers stays 0."""
+    """Draw scores to both sides of 0; the padding between layers stays open."""
     source = source or torch.Generator().manual_seed(0)
     for scores in gates.views(gates.scores).values():
         scores.copy_(torch.randn(scores.shape, generator=source, dtype=scores.dtype))

@@ -48,24 +48,42 @@ FFW_LOOP void gate_weight(const T* __restrict w, const T* __restrict m, const T*
   for (int64_t i = 0; i < n; ++i) out[i] = w[i] * gate_value<kind>(m[i], inverse, is_random(kind) ? u[i] : T(0));
 }
 
+// A processor looks a few hundred instructions ahead. Of a loop that takes a logarithm, an exponential, quotients and a
+// root one after the other that is hardly two rounds, and then it waits. So such loops go over a piece of the block in
+// stages, each short enough that many rounds overlap; what one leaves for the next stays in the first-level cache.
+constexpr int64_t piece_size = 256;
+
+// out = dg/dm
 template <Kind kind, typename T>
-FFW_LOOP void gate_weight_backward(const T* __restrict grad, const T* __restrict w, const T* __restrict m,
-                                   const T* __restrict u, T inverse, T* __restrict out, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) {
-    out[i] = grad[i] * w[i] * gate_slope<kind>(m[i], inverse, has_random_slope(kind) ? u[i] : T(0));
+FFW_HELPER void gate_slopes(const T* __restrict m, const T* __restrict u, T inverse, T* __restrict out, int64_t n) {
+  if constexpr (has_random_slope(kind)) {
+    for (int64_t i = 0; i < n; ++i) out[i] = gate_argument<kind>(m[i], u[i]);
+    for (int64_t i = 0; i < n; ++i) out[i] = slope_of_argument<kind>(out[i], inverse);
+  } else {
+    for (int64_t i = 0; i < n; ++i) out[i] = slope_of_argument<kind>(m[i], inverse);
   }
 }
 
+template <Kind kind, typename T>
+FFW_LOOP void gate_weight_backward(const T* __restrict grad, const T* __restrict w, const T* __restrict m,
+                                   const T* __restrict u, T inverse, T* __restrict out, int64_t n) {
+  gate_slopes<kind>(m, u, inverse, out, n);
+  for (int64_t i = 0; i < n; ++i) out[i] = grad[i] * w[i] * out[i];
+}
+
 // The new scores alone: the gated weight follows in a pass over the same block, which is then in the first-level cache.
-// In one loop the two are a third slower, for want of registers.
 template <Kind kind, typename T>
 FFW_LOOP void adam_step(const AdamBlock<T>& block, const Adam<T>& settings, int64_t n) {
   const auto [scores, exp_avg, exp_avg_sq, weight, grad, u, inverse] = block;
   const Adam<T> adam = settings;
-  FFW_NO_ALIAS
-  for (int64_t i = 0; i < n; ++i) {
-    const T slope = gate_slope<kind>(scores[i], inverse, has_random_slope(kind) ? u[i] : T(0));
-    scores[i] = adam_update(scores[i], grad[i] * weight[i] * slope, exp_avg[i], exp_avg_sq[i], adam);
+  T slopes[piece_size];
+  for (int64_t start = 0; start < n; start += piece_size) {
+    const int64_t end = n - start < piece_size ? n : start + piece_size;
+    gate_slopes<kind>(scores + start, u + start, inverse, slopes, end - start);
+    FFW_NO_ALIAS
+    for (int64_t i = start; i < end; ++i) {
+      scores[i] = adam_update(scores[i], grad[i] * weight[i] * slopes[i - start], exp_avg[i], exp_avg_sq[i], adam);
+    }
   }
 }
 
@@ -74,20 +92,23 @@ template <Kind kind, typename T>
 FFW_LOOP double gate_weight_and_movement(const T* __restrict w, const T* __restrict m, const T* __restrict u, T inverse,
                                          T* __restrict out, int64_t n) {
   constexpr int lanes = 32;  // the order of summation, the same for every instruction set
-  T sums[lanes] = {};
-  int64_t i = 0;
-  for (; i + lanes <= n; i += lanes) {
-    for (int lane = 0; lane < lanes; ++lane) {
-      const T uniform = is_random(kind) ? u[i + lane] : T(0);
-      out[i + lane] = w[i + lane] * gate_value<kind>(m[i + lane], inverse, uniform);
-      sums[lane] += gate_movement<kind>(m[i + lane], inverse, uniform);
-    }
-  }
+  T sums[lanes] = {}, stems[piece_size];
   double total = 0;
-  for (; i < n; ++i) {
-    const T uniform = is_random(kind) ? u[i] : T(0);
-    out[i] = w[i] * gate_value<kind>(m[i], inverse, uniform);
-    total += gate_movement<kind>(m[i], inverse, uniform);
+  for (int64_t start = 0; start < n; start += piece_size) {
+    const int64_t count = n - start < piece_size ? n - start : piece_size;
+    const T *weights = w + start, *scores = m + start, *numbers = u + start;
+    const auto number = [numbers](int64_t i) { return is_random(kind) ? numbers[i] : T(0); };
+    for (int64_t i = 0; i < count; ++i) stems[i] = gate_stem<kind>(scores[i], inverse, number(i));
+    for (int64_t i = 0; i < count; ++i) {
+      out[start + i] = weights[i] * gate_of_stem<kind>(stems[i], scores[i], number(i));
+    }
+    int64_t i = 0;
+    for (; i + lanes <= count; i += lanes) {
+      for (int lane = 0; lane < lanes; ++lane) {
+        sums[lane] += movement_of_stem<kind>(stems[i + lane], scores[i + lane], inverse);
+      }
+    }
+    for (; i < count; ++i) total += movement_of_stem<kind>(stems[i], scores[i], inverse);
   }
   for (int half = lanes / 2; half > 0; half /= 2) {
     for (int lane = 0; lane < half; ++lane) sums[lane] += sums[lane + half];
