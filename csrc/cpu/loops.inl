@@ -92,6 +92,7 @@ template <Kind kind, typename T>
 FFW_LOOP double gate_weight_and_movement(const T* __restrict w, const T* __restrict m, const T* __restrict u, T inverse,
                                          T* __restrict out, int64_t n) {
   constexpr int lanes = 32;  // the order of summation, the same for every instruction set
+  static_assert(piece_size % lanes == 0);
   T sums[lanes] = {}, stems[piece_size];
   double total = 0;
   for (int64_t start = 0; start < n; start += piece_size) {
