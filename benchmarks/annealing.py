@@ -1,8 +1,8 @@
 """What annealing by the gates' movement costs: the step of the gates with it and without it, for every kind of gate.
 
-Both sides are one ``GatedAdam`` on the weights of a network of Table 8, and take turns: buffers of another place in
-memory may alone make a tenth of difference. The reduction that the adaptive schedule asks for is part of the fused
-pass; what else it adds is a few scalars.
+Both sides are one ``GatedAdam`` on the weights of a network of Table 8, and take turns: with buffers of their own, the
+places of these in memory alone would make a difference. The reduction that the adaptive schedule asks for is part of
+the fused pass; what else it adds is a few scalars.
 """
 
 from functools import partial

@@ -129,7 +129,7 @@ FFW_HD FFW_INLINE T inverse_temperature(float temperature) {
 
 // Exponential and logarithm -----------------------------------------------------------------------------------------
 
-// Between these the exponential is a normal number; both are those of gates.py.
+// Between these the exponential is a normal number; those of float are also in gates.py.
 template <typename T>
 constexpr T lowest_exponent = sizeof(T) == sizeof(float) ? -87 : -708;
 template <typename T>

@@ -48,9 +48,9 @@ FFW_LOOP void gate_weight(const T* __restrict w, const T* __restrict m, const T*
   for (int64_t i = 0; i < n; ++i) out[i] = w[i] * gate_value<kind>(m[i], inverse, is_random(kind) ? u[i] : T(0));
 }
 
-// A processor looks a few hundred instructions ahead. Of a loop that takes a logarithm, an exponential, quotients and a
-// root one after the other that is hardly two rounds, and then it waits. So such loops go over a piece of the block in
-// stages, each short enough that many rounds overlap; what one leaves for the next stays in the first-level cache.
+// A processor overlaps as many rounds of a loop as its registers and its window of instructions hold, which are few where
+// a round takes a logarithm, an exponential, quotients and a root one after the other. So such loops go over a piece of
+// the block in stages, of which more rounds overlap; what one leaves for the next stays in the first-level cache.
 constexpr int64_t piece_size = 256;
 
 // out = dg/dm
